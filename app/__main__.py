@@ -1,0 +1,149 @@
+"""isthmus-server: serve, coordinate, migrate, and the first admin's key."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+import typer
+import uvicorn
+from pydantic import ValidationError
+
+from app.admin.service import create_first_admin
+from app.coordinator import coordinating
+from app.database import migrate as migrate_database
+from app.database import open_engine, open_sessions
+from app.main import create_app, open_parts
+from app.settings import Settings
+
+cli = typer.Typer(help="The Isthmus service.", no_args_is_help=True, add_completion=False)
+
+
+def _settings() -> Settings:
+    try:
+        return Settings()
+    except ValidationError as error:
+        for item in error.errors():
+            name = "_".join(str(part) for part in item["loc"])
+            variable = f"ISTHMUS_{name.upper()}: " if name else ""
+            print(f"isthmus-server: {variable}{item['msg'].removeprefix('Value error, ')}", file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+@contextlib.contextmanager
+def _with_database(settings: Settings) -> Iterator[Settings]:
+    """The settings with a database: the one that is named, or an embedded Postgres for as long as the block lasts."""
+    if settings.database_url is not None:
+        yield settings
+        return
+    from app.embedded_postgres import embedded_postgres  # noqa: PLC0415 -- only a laptop has its binaries
+
+    directory = (settings.data_dir / "postgres").absolute()
+    with embedded_postgres(directory, environment=settings.environment) as url:
+        yield settings.model_copy(update={"database_url": url})
+
+
+def _configure_log() -> None:
+    pretty = sys.stderr.isatty()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+@cli.command()
+def serve(
+    migrate: Annotated[bool, typer.Option(help="Bring the database's schema up to date first.")] = True,
+) -> None:
+    """Serve the API, and coordinate rounds unless ISTHMUS_COORDINATE=false."""
+    _configure_log()
+    with _with_database(_settings()) as settings:
+        if migrate:
+            migrate_database(settings.resolved_database_url())
+        _first_admin_for_development(settings)
+        config = uvicorn.Config(
+            create_app(settings),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+            timeout_keep_alive=75,
+        )
+        uvicorn.Server(config).run()
+
+
+@cli.command()
+def coordinate() -> None:
+    """Open, close and aggregate rounds, without serving the API; on as many machines as wanted."""
+    _configure_log()
+
+    async def run(settings: Settings) -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        async with open_parts(settings) as parts, coordinating(parts):
+            await stop.wait()
+
+    with _with_database(_settings()) as settings:
+        asyncio.run(run(settings))
+
+
+@cli.command()
+def migrate(revision: Annotated[str, typer.Argument(help="The revision to go to.")] = "head") -> None:
+    """Bring the database's schema up to date."""
+    with _with_database(_settings()) as settings:
+        migrate_database(settings.resolved_database_url(), revision)
+
+
+@cli.command("create-admin")
+def create_admin(
+    name: Annotated[str, typer.Argument(help="The admin's name.")] = "admin",
+) -> None:
+    """Create an admin of the platform and print its API key, once. The way into an empty service."""
+    with _with_database(_settings()) as settings:
+        print(asyncio.run(_create_admin(settings, name)))
+
+
+async def _create_admin(settings: Settings, name: str) -> str:
+    engine = open_engine(settings.resolved_database_url(), connections=2)
+    try:
+        async with open_sessions(engine).begin() as session:
+            return (await create_first_admin(session, name)).shown
+    finally:
+        await engine.dispose()
+
+
+def _first_admin_for_development(settings: Settings) -> None:
+    """On a laptop the first start leaves the admin's key in the data directory, for its owner's eyes alone."""
+    file: Path = settings.data_dir / "admin.key"
+    if settings.environment == "production" or file.exists():
+        return
+    key = asyncio.run(_create_admin(settings, "admin"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as out:
+        out.write(key + "\n")
+    print(f"isthmus-server: the admin's API key is in {file}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of the command `isthmus-server`."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

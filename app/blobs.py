@@ -1,0 +1,243 @@
+"""Bodies at rest: models and updates. Spooled, digested and checked beside the stream; durable before they are spoken of."""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import anyio.to_thread
+
+from app.errors import DigestMismatch, LengthMismatch, NotFound
+
+PIECE_BYTES: Final = 1 << 20
+STALL_S: Final = 60.0
+"""A body that brings nothing for so long is given up."""
+
+
+class Inspector(Protocol):
+    """Judges a body while it arrives; raises a refusal. Called in a thread, one call at a time."""
+
+    def feed(self, chunk: bytes | memoryview) -> None:
+        """The next bytes."""
+        ...
+
+    def finish(self) -> None:
+        """There are no more."""
+        ...
+
+
+class NoInspection:
+    """Takes any bytes."""
+
+    def feed(self, chunk: bytes | memoryview) -> None:
+        """Nothing to see."""
+
+    def finish(self) -> None:
+        """Nothing to say."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlob:
+    """Bytes that are durable: where they are, and what they are."""
+
+    key: str
+    digest: str
+    size_bytes: int
+
+
+class BlobStore(Protocol):
+    """Where bodies are kept, by key. A key is written once and never changes its content."""
+
+    async def receive(
+        self,
+        key: str,
+        stream: AsyncIterator[bytes],
+        *,
+        length: int,
+        digest: str,
+        inspector: Inspector,
+        on_progress: Callable[[], Awaitable[None]] | None = None,
+    ) -> StoredBlob:
+        """Take a body from the network under `key`. When this returns the bytes are durable; when it raises, gone."""
+        ...
+
+    async def adopt(self, key: str, path: Path, digest: str) -> StoredBlob:
+        """Take over a finished, synced file made beside the store (see `draft`)."""
+        ...
+
+    def draft(self) -> Path:
+        """A path for a new file that `adopt` can take over without copying."""
+        ...
+
+    async def open_path(self, key: str) -> Path:
+        """A local file with the bytes of `key`.
+
+        Raises:
+            NotFound: there are none.
+        """
+        ...
+
+    async def delete(self, key: str) -> None:
+        """Forget `key`; forgetting what is not there is harmless."""
+        ...
+
+
+class DirectoryBlobStore:
+    """Blobs in a directory: written beside it, synced, renamed, and the directory synced."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._drafts = root / "drafts"
+        self._drafts.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    async def receive(
+        self,
+        key: str,
+        stream: AsyncIterator[bytes],
+        *,
+        length: int,
+        digest: str,
+        inspector: Inspector,
+        on_progress: Callable[[], Awaitable[None]] | None = None,
+    ) -> StoredBlob:
+        """See `BlobStore`. The next megabyte is received while a thread writes, digests and checks the one before."""
+        spool = _Spool(self.draft(), length, inspector)
+        writing: asyncio.Future[None] | None = None
+        try:
+            async for piece in _pieces(stream):
+                if writing is not None:
+                    await writing
+                    if on_progress is not None:
+                        await on_progress()
+                writing = asyncio.ensure_future(anyio.to_thread.run_sync(spool.write, piece))
+            if writing is not None:
+                await writing
+            await anyio.to_thread.run_sync(spool.finish, digest, self._path(key))
+        except BaseException:
+            if writing is not None:
+                with contextlib.suppress(BaseException):
+                    await asyncio.shield(writing)
+            spool.discard()
+            raise
+        return StoredBlob(key=key, digest=digest, size_bytes=length)
+
+    def draft(self) -> Path:
+        """A new path beside the blobs, on the same file system."""
+        return self._drafts / secrets.token_hex(16)
+
+    async def adopt(self, key: str, path: Path, digest: str) -> StoredBlob:
+        """See `BlobStore`."""
+        size = path.stat().st_size
+        await anyio.to_thread.run_sync(_publish, path, self._path(key))
+        return StoredBlob(key=key, digest=digest, size_bytes=size)
+
+    async def open_path(self, key: str) -> Path:
+        """See `BlobStore`."""
+        path = self._path(key)
+        if not path.is_file():
+            raise NotFound("blob", key)
+        return path
+
+    async def delete(self, key: str) -> None:
+        """See `BlobStore`."""
+        await anyio.to_thread.run_sync(lambda: self._path(key).unlink(missing_ok=True))
+
+    def _path(self, key: str) -> Path:
+        parts = key.split("/")
+        if any(part in ("", ".", "..") or not part.replace("-", "").isalnum() for part in parts):
+            raise ValueError(f"{key!r} is not a key of a blob")
+        return self._root.joinpath(*parts)
+
+
+class _Spool:
+    """One body on its way to the disk. Used by one thread at a time."""
+
+    def __init__(self, path: Path, length: int, inspector: Inspector) -> None:
+        self._path = path
+        self._length = length
+        self._inspector = inspector
+        self._received = 0
+        self._hash = hashlib.sha256()
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def write(self, piece: bytes | bytearray) -> None:
+        """Judge, digest and write the next bytes, in this order: nothing is kept of what is refused."""
+        self._received += len(piece)
+        if self._received > self._length:
+            raise LengthMismatch(f"The body goes on after the {self._length} bytes that its header declared.")
+        self._inspector.feed(memoryview(piece))
+        self._hash.update(piece)
+        view = memoryview(piece)
+        while view:
+            view = view[os.write(self._file, view) :]
+
+    def finish(self, digest: str, target: Path) -> None:
+        """Check the whole and give it its name, durably."""
+        if self._received != self._length:
+            raise LengthMismatch(f"The body ended after {self._received} of {self._length} declared bytes.")
+        self._inspector.finish()
+        if self._hash.hexdigest() != digest:
+            raise DigestMismatch("The bytes that arrived do not have the digest declared in Repr-Digest: send them again.")
+        os.fsync(self._file)
+        os.close(self._file)
+        self._file = -1
+        _publish(self._path, target)
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        self._path.unlink(missing_ok=True)
+
+
+def _publish(path: Path, target: Path) -> None:
+    """Give a synced file its name so that the name survives a power cut as well."""
+    missing = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.replace(target)
+    for directory in (target.parent, *(made.parent for made in missing)):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+async def _pieces(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes | bytearray]:
+    """The stream in pieces of about a megabyte, so that a thread is called once a piece and not once a packet.
+
+    Raises:
+        LengthMismatch: nothing came for STALL_S.
+    """
+    gathered = bytearray()
+    chunks = aiter(stream)
+    while True:
+        try:
+            async with asyncio.timeout(STALL_S):
+                chunk = await anext(chunks, None)
+        except TimeoutError:
+            raise LengthMismatch(f"The body stalled: nothing came for {STALL_S:g} seconds.") from None
+        if chunk is None:
+            break
+        gathered += chunk
+        if len(gathered) >= PIECE_BYTES:
+            yield gathered
+            gathered = bytearray()
+    if gathered:
+        yield gathered
+
+
+def checkpoint_key(digest: str) -> str:
+    """Where a checkpoint, or a strategy's state, is kept: content-addressed."""
+    return f"checkpoints/{digest[:2]}/{digest}"
+
+
+def update_key(task_id: object) -> str:
+    """A new place for an upload of a task. Every upload has its own, so that a refused one takes nothing with it."""
+    return f"updates/{task_id}/{secrets.token_hex(8)}"

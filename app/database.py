@@ -1,0 +1,79 @@
+"""The database: engine, sessions, the one clock, migrations."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import func, make_url, select
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+
+Sessions = async_sessionmaker[AsyncSession]
+
+
+def sqlalchemy_url(url: str) -> str:
+    """`url` (libpq's form) with the driver named: psycopg 3."""
+    return make_url(url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+
+
+def libpq_url(url: str) -> str:
+    """`url` in libpq's own form."""
+    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+def open_engine(url: str, *, connections: int, pooled: bool = False) -> AsyncEngine:
+    """A pool of at most `connections`. `pooled`: behind a transaction pooler, so nothing is prepared in a session."""
+    return create_async_engine(
+        sqlalchemy_url(url),
+        pool_size=connections,
+        max_overflow=0,
+        pool_pre_ping=False,
+        connect_args={"prepare_threshold": None} if pooled else {},
+    )
+
+
+def open_sessions(engine: AsyncEngine) -> Sessions:
+    """One session is one transaction; nothing is read again after its commit."""
+    return async_sessionmaker(engine, expire_on_commit=False)
+
+
+async def clock(session: AsyncSession) -> datetime:
+    """Now, by the one clock: Postgres's. Read it after the lock that the decision stands on."""
+    now: datetime = (await session.execute(select(func.clock_timestamp()))).scalar_one()
+    return now.astimezone(UTC)
+
+
+async def raw_connection(session: AsyncSession) -> psycopg.AsyncConnection[tuple[object, ...]]:
+    """The psycopg connection under a session's transaction."""
+    connection: AsyncConnection = await session.connection()
+    driver = (await connection.get_raw_connection()).driver_connection
+    assert isinstance(driver, psycopg.AsyncConnection)
+    return driver
+
+
+@asynccontextmanager
+async def advisory_lock(url: str, key: int) -> AsyncIterator[bool]:
+    """Hold a Postgres advisory lock on a connection of its own; False if another holds it. It ends with the process."""
+    connection = await psycopg.AsyncConnection.connect(libpq_url(url), autocommit=True)
+    try:
+        cursor = await connection.execute("SELECT pg_try_advisory_lock(%s)", (key,))
+        row = await cursor.fetchone()
+        yield bool(row and row[0])
+    finally:
+        await connection.close()
+
+
+def alembic_config(url: str) -> Config:
+    """Alembic's configuration for `url`; migrations stand beside the package."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).resolve().parent.parent / "migrations"))
+    config.attributes["url"] = sqlalchemy_url(url)
+    return config
+
+
+def migrate(url: str, revision: str = "head") -> None:
+    """Bring the schema of the database at `url` up to `revision`. Two at once wait for each other."""
+    command.upgrade(alembic_config(url), revision)

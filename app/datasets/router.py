@@ -1,0 +1,84 @@
+"""Addresses of datasets."""
+
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Body
+
+from app.datasets import queries, service
+from app.dependencies import Agent, DatasetReader, DatasetWriter, Transaction
+from app.pagination import Page as Paging
+from app.problems import refuses
+from isthmus.wire.base import Name, Page
+from isthmus.wire.datasets import AnnounceDataset, DatasetView, UsePolicy
+from isthmus.wire.problems import ProblemCode
+
+router = APIRouter(prefix="/datasets", tags=["datasets"])
+
+Announcement = Annotated[
+    AnnounceDataset,
+    Body(
+        openapi_examples={
+            "heart disease": {
+                "value": {
+                    "data_schema": {
+                        "columns": [
+                            {"name": "age", "kind": "number"},
+                            {"name": "chol", "kind": "number", "missing": True},
+                            {"name": "disease", "kind": "number"},
+                        ]
+                    },
+                    "rows": 303,
+                    "description": "Angiography patients, 1981 to 1984",
+                }
+            }
+        }
+    ),
+]
+Policy = Annotated[
+    UsePolicy,
+    Body(
+        openapi_examples={
+            "one purpose, always noised": {
+                "value": {"purposes": ["heart disease research"], "min_noise_multiplier": 0.5, "max_clip_norm": 1.0}
+            },
+            "closed": {"value": {}},
+        }
+    ),
+]
+
+
+@router.put("/{name}", summary="Announce a dataset", responses=refuses(ProblemCode.DATASET_SERVED_ELSEWHERE))
+async def announce_dataset(name: Name, body: Announcement, caller: Agent, session: Transaction) -> DatasetView:
+    """Say which columns and how many rows this worker can read under a name; repeating the call is safe."""
+    return await service.announce_dataset(session, name, body, caller=caller)
+
+
+@router.get("", summary="List datasets", responses=refuses(ProblemCode.CURSOR_INVALID))
+async def list_datasets(caller: DatasetReader, session: Transaction, paging: Paging) -> Page[DatasetView]:
+    """List the datasets of the caller's organization; a researcher sees those confirmed anywhere, an admin all."""
+    return await queries.page_datasets(session, paging, caller=caller)
+
+
+@router.get("/{dataset_id}", summary="Read a dataset", responses=refuses(ProblemCode.NOT_FOUND))
+async def get_dataset(dataset_id: UUID, caller: DatasetReader, session: Transaction) -> DatasetView:
+    """Read the metadata and the policy of a dataset."""
+    return await queries.get_view(session, dataset_id, caller=caller)
+
+
+@router.post("/{dataset_id}/confirm", summary="Confirm a dataset", responses=refuses(ProblemCode.NOT_FOUND))
+async def confirm_dataset(dataset_id: UUID, caller: DatasetWriter, session: Transaction) -> DatasetView:
+    """Let a dataset of one's own organization take part in jobs, as far as its policy goes."""
+    return await service.confirm_dataset(session, dataset_id, caller=caller)
+
+
+@router.post("/{dataset_id}/retire", summary="Retire a dataset", responses=refuses(ProblemCode.NOT_FOUND))
+async def retire_dataset(dataset_id: UUID, caller: DatasetWriter, session: Transaction) -> DatasetView:
+    """Take a dataset of one's own organization out of all future rounds; its ledger stays."""
+    return await service.retire_dataset(session, dataset_id, caller=caller)
+
+
+@router.put("/{dataset_id}/policy", summary="Set a use policy", responses=refuses(ProblemCode.NOT_FOUND))
+async def set_policy(dataset_id: UUID, body: Policy, caller: DatasetWriter, session: Transaction) -> DatasetView:
+    """Say what a dataset of one's own organization may be used for; this replaces the former policy."""
+    return await service.set_policy(session, dataset_id, body, caller=caller)

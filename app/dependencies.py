@@ -1,0 +1,232 @@
+"""What routers ask for: the transaction, the caller, the parts; and creations that may be repeated."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Annotated, TypeVar, cast
+from uuid import UUID
+
+from fastapi import Depends, Header, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from procrastinate import App as Queue
+from pydantic import BaseModel
+from sqlalchemy import func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.blobs import BlobStore
+from app.credentials import Signer, parse_key
+from app.database import Sessions, clock
+from app.errors import Forbidden, IdempotencyConflict, KeyExpired, KeyRevoked, SecretShownOnce, Unauthenticated
+from app.models import ApiKey, IdempotencyKey, Organization, Principal, Worker
+from app.settings import Settings
+from app.wakeups import Wakeups
+from isthmus.wire.base import Request as WireRequest
+from isthmus.wire.base import digest_of
+from isthmus.wire.organizations import Role, Scope
+from isthmus.wire.version import IDEMPOTENCY_HEADER
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the service is put together from."""
+
+    settings: Settings
+    sessions: Sessions
+    blobs: BlobStore
+    signer: Signer
+    wakeups: Wakeups
+    queue: Queue
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and what this key may be used for."""
+
+    principal_id: UUID
+    name: str
+    role: Role
+    organization_id: UUID | None
+    organization: str | None
+    worker_id: UUID | None
+    key_id: str
+    scopes: frozenset[Scope]
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether the whole platform is open to this key."""
+        return self.role is Role.ADMIN and Scope.PLATFORM in self.scopes
+
+
+def _parts(request: Request) -> Parts:
+    return cast(Parts, request.app.state.parts)
+
+
+PartsOf = Annotated[Parts, Depends(_parts)]
+
+
+async def _transaction(parts: PartsOf) -> AsyncIterator[AsyncSession]:
+    """One transaction per request: committed if the endpoint returns, rolled back if it raises."""
+    async with parts.sessions.begin() as session:
+        yield session
+
+
+Transaction = Annotated[AsyncSession, Depends(_transaction, scope="function")]
+
+_bearer = HTTPBearer(auto_error=False, description="An API key of this service: `isk_<id>_<secret>`.")
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+
+LAST_USED_EVERY = timedelta(seconds=60)
+
+
+async def authenticate(session: AsyncSession, credentials: HTTPAuthorizationCredentials | None) -> Caller:
+    """Who holds the presented key. One statement, and a second one a minute to note that the key was used.
+
+    Raises:
+        Unauthenticated: there is no key, or none that was issued here.
+        KeyExpired, KeyRevoked: it was good once.
+    """
+    presented = None if credentials is None else parse_key(credentials.credentials)
+    if presented is None:
+        raise Unauthenticated
+    found = await session.execute(
+        select(ApiKey, Principal, Organization.name, Worker.id, Worker.revoked_at, func.clock_timestamp())
+        .join(Principal, Principal.id == ApiKey.principal_id)
+        .outerjoin(Organization, Organization.id == Principal.organization_id)
+        .outerjoin(Worker, Worker.principal_id == Principal.id)
+        .where(ApiKey.id == presented.id)
+    )
+    row = found.one_or_none()
+    if row is None or not presented.matches(row[0].secret_hash):
+        raise Unauthenticated
+    key, principal, organization, worker_id, worker_revoked_at, now = row
+    if key.revoked_at is not None or principal.disabled_at is not None or worker_revoked_at is not None:
+        raise KeyRevoked
+    if key.expires_at is not None and key.expires_at <= now:
+        raise KeyExpired
+    if key.last_used_at is None or now - key.last_used_at >= LAST_USED_EVERY:
+        await session.execute(update(ApiKey).where(ApiKey.id == key.id).values(last_used_at=now))
+    return Caller(
+        principal_id=principal.id,
+        name=principal.name,
+        role=principal.role,
+        organization_id=principal.organization_id,
+        organization=organization,
+        worker_id=worker_id,
+        key_id=key.id,
+        scopes=frozenset(Scope(scope) for scope in key.scopes),
+    )
+
+
+def check_scope(caller: Caller, *scopes: Scope) -> Caller:
+    """The caller, if its key has one of `scopes`.
+
+    Raises:
+        Forbidden: it has none of them; the message says which would do.
+    """
+    if not caller.scopes.intersection(scopes):
+        wanted = " or ".join(f"`{scope}`" for scope in scopes)
+        raise Forbidden(f"This needs a key with scope {wanted}; yours has {', '.join(sorted(caller.scopes)) or 'none'}.")
+    return caller
+
+
+async def _caller(session: Transaction, credentials: Credentials) -> Caller:
+    return await authenticate(session, credentials)
+
+
+AnyCaller = Annotated[Caller, Depends(_caller, scope="function")]
+
+
+def _holder_of(*scopes: Scope) -> Callable[[Caller], Caller]:
+    def holder(caller: AnyCaller) -> Caller:
+        return check_scope(caller, *scopes)
+
+    return holder
+
+
+Admin = Annotated[Caller, Depends(_holder_of(Scope.PLATFORM))]
+JobReader = Annotated[Caller, Depends(_holder_of(Scope.JOBS_READ))]
+JobWriter = Annotated[Caller, Depends(_holder_of(Scope.JOBS_WRITE))]
+DatasetReader = Annotated[Caller, Depends(_holder_of(Scope.DATASETS_READ))]
+DatasetWriter = Annotated[Caller, Depends(_holder_of(Scope.DATASETS_WRITE))]
+GrantWriter = Annotated[Caller, Depends(_holder_of(Scope.GRANTS_WRITE))]
+Agent = Annotated[Caller, Depends(_holder_of(Scope.TASKS))]
+
+
+async def _brief_caller(parts: PartsOf, credentials: Credentials) -> Caller:
+    """The caller of a request that waits or streams: authenticated in a transaction that ends at once."""
+    async with parts.sessions.begin() as session:
+        return await authenticate(session, credentials)
+
+
+BriefCaller = Annotated[Caller, Depends(_brief_caller)]
+
+View = TypeVar("View", bound=BaseModel)
+
+
+class Once:
+    """Runs a creation once for its `Idempotency-Key`: repeated with the same body it gives the same answer."""
+
+    def __init__(
+        self,
+        request: Request,
+        session: Transaction,
+        caller: AnyCaller,
+        key: Annotated[
+            str | None,
+            Header(
+                alias=IDEMPOTENCY_HEADER,
+                min_length=1,
+                max_length=255,
+                description="Repeat the call with the same key and body to get the same answer; kept for 24 hours.",
+            ),
+        ] = None,
+    ) -> None:
+        self._route = f"{request.method} {request.url.path}"
+        self._session = session
+        self._caller = caller
+        self._key = key
+
+    async def __call__(
+        self, view: type[View], body: WireRequest, act: Callable[[], Awaitable[View]], *, secret: bool = False
+    ) -> View:
+        """The answer of `act`, or of the call before with the same key. An answer with a `secret` is not kept.
+
+        Raises:
+            IdempotencyConflict: the key was used with another body.
+            SecretShownOnce: it was done before, and its secret was shown then.
+        """
+        if self._key is None:
+            return await act()
+        now = await clock(self._session)
+        mine = IdempotencyKey.principal_id == self._caller.principal_id
+        same = (mine, IdempotencyKey.route == self._route, IdempotencyKey.key == self._key)
+        digest = digest_of(body)
+        taken = await self._session.execute(
+            insert(IdempotencyKey)
+            .values(
+                principal_id=self._caller.principal_id,
+                route=self._route,
+                key=self._key,
+                body_digest=digest,
+                answer=None,
+                created_at=now,
+            )
+            .on_conflict_do_nothing()
+            .returning(IdempotencyKey.key)
+        )
+        if taken.scalar_one_or_none() is None:  # waits for a call that is under way, by the unique index
+            before = (await self._session.scalars(select(IdempotencyKey).where(*same))).one()
+            if before.body_digest != digest:
+                raise IdempotencyConflict
+            if before.answer is None:
+                raise SecretShownOnce
+            return view.model_validate(before.answer)
+        answer = await act()
+        if not secret:
+            kept = answer.model_dump(mode="json")
+            await self._session.execute(update(IdempotencyKey).where(*same).values(answer=kept))
+        return answer
+
+
+Repeatable = Annotated[Once, Depends(Once, scope="function")]

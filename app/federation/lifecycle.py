@@ -1,0 +1,170 @@
+"""The life of jobs and rounds as tables, and what the passing of time and updates asks of a round.
+
+Theory of operation. A round *collects*: its tasks are offered, claimed, uploaded. It closes in one of three ways: enough
+updates are in (`TARGET_REACHED`); the deadline has come, or nobody can bring more, and the minimum is in
+(`DEADLINE_WITH_ENOUGH`); or the missing cannot be made up (`ATTEMPTS_EXHAUSTED`). Before it gives up it offers the missing
+tasks again (`OFFER_MISSING_AGAIN`) and keeps the updates that are in. A closed round *aggregates* a frozen set; that
+ends in a checkpoint, or in a rejection if the set has no finite mean.
+
+Nothing outside of this file decides a phase. Nothing in it reads a clock: `now` is a parameter, and it is Postgres's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+from app.errors import StateConflict
+from isthmus.wire.jobs import JobState
+from isthmus.wire.rounds import RoundPhase, TaskState
+
+
+class RoundEvent(StrEnum):
+    """What can happen to a round."""
+
+    TARGET_REACHED = "target-reached"
+    DEADLINE_WITH_ENOUGH = "deadline-with-enough"
+    OFFER_MISSING_AGAIN = "offer-missing-again"
+    ATTEMPTS_EXHAUSTED = "attempts-exhausted"
+    AGGREGATE_STORED = "aggregate-stored"
+    AGGREGATE_REJECTED = "aggregate-rejected"
+    JOB_CANCELLED = "job-cancelled"
+    JOB_FAILED = "job-failed"
+
+
+class JobEvent(StrEnum):
+    """What can happen to a job."""
+
+    STARTED = "started"
+    ENOUGH_APPROVED = "enough-approved"
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    RESUMED_TO_WAIT = "resumed-to-wait"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+ROUND_TRANSITIONS: Final[Mapping[tuple[RoundPhase, RoundEvent], RoundPhase]] = MappingProxyType(
+    {
+        (RoundPhase.COLLECTING, RoundEvent.TARGET_REACHED): RoundPhase.AGGREGATING,
+        (RoundPhase.COLLECTING, RoundEvent.DEADLINE_WITH_ENOUGH): RoundPhase.AGGREGATING,
+        (RoundPhase.COLLECTING, RoundEvent.OFFER_MISSING_AGAIN): RoundPhase.COLLECTING,  # attempt + 1
+        (RoundPhase.COLLECTING, RoundEvent.ATTEMPTS_EXHAUSTED): RoundPhase.FAILED,
+        (RoundPhase.COLLECTING, RoundEvent.JOB_CANCELLED): RoundPhase.CANCELLED,
+        (RoundPhase.AGGREGATING, RoundEvent.AGGREGATE_STORED): RoundPhase.COMPLETED,
+        (RoundPhase.AGGREGATING, RoundEvent.AGGREGATE_REJECTED): RoundPhase.FAILED,
+        (RoundPhase.AGGREGATING, RoundEvent.JOB_CANCELLED): RoundPhase.CANCELLED,
+    }
+)
+
+JOB_TRANSITIONS: Final[Mapping[tuple[JobState, JobEvent], JobState]] = MappingProxyType(
+    {
+        (JobState.DRAFT, JobEvent.STARTED): JobState.AWAITING_APPROVAL,
+        (JobState.DRAFT, JobEvent.CANCELLED): JobState.CANCELLED,
+        (JobState.AWAITING_APPROVAL, JobEvent.ENOUGH_APPROVED): JobState.RUNNING,
+        (JobState.AWAITING_APPROVAL, JobEvent.CANCELLED): JobState.CANCELLED,
+        (JobState.RUNNING, JobEvent.PAUSED): JobState.PAUSED,
+        (JobState.RUNNING, JobEvent.COMPLETED): JobState.COMPLETED,
+        (JobState.RUNNING, JobEvent.FAILED): JobState.FAILED,
+        (JobState.RUNNING, JobEvent.CANCELLED): JobState.CANCELLED,
+        (JobState.PAUSED, JobEvent.RESUMED): JobState.RUNNING,
+        (JobState.PAUSED, JobEvent.COMPLETED): JobState.COMPLETED,  # its last round was under way when it was paused
+        (JobState.PAUSED, JobEvent.FAILED): JobState.FAILED,
+        (JobState.PAUSED, JobEvent.CANCELLED): JobState.CANCELLED,
+    }
+)
+
+OPEN_TASKS: Final = (TaskState.OFFERED, TaskState.CLAIMED, TaskState.UPLOADING)
+"""Tasks that may still bring an update in this attempt."""
+
+OFFERED_AGAIN: Final = (TaskState.FAILED, TaskState.EXPIRED)
+"""Tasks that ended without an update and are offered again in the next attempt. A refusal is final for its round."""
+
+ENDED_JOBS: Final = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED})
+
+
+class TransitionRefused(StateConflict):
+    """The table has no such step."""
+
+
+def advance_round(phase: RoundPhase, event: RoundEvent) -> RoundPhase:
+    """The phase after `event`.
+
+    Raises:
+        TransitionRefused: the event does not happen to a round in this phase.
+    """
+    try:
+        return ROUND_TRANSITIONS[phase, event]
+    except KeyError:
+        raise TransitionRefused(f"The round is {phase}; {event} does not happen to it any more.") from None
+
+
+def advance_job(state: JobState, event: JobEvent) -> JobState:
+    """The state after `event`.
+
+    Raises:
+        TransitionRefused: the event does not happen to a job in this state; the message is for its owner.
+    """
+    try:
+        return JOB_TRANSITIONS[state, event]
+    except KeyError:
+        raise TransitionRefused(f"The job is {state.replace('_', ' ')}: it cannot be {event} now.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundState:
+    """All that decides what is due.
+
+    Attributes:
+        phase: where the round stands.
+        paused: the job is paused: its deadlines stand still.
+        accepted: updates that are in.
+        target_updates, min_updates, attempt, attempts: of the round.
+        open_tasks: tasks that may still bring an update in this attempt.
+        offered_again: tasks that ended without an update and may be offered once more.
+        closes_at: the deadline of this attempt.
+        uploading_until: until when uploads that make progress hold the round open; None if there are none.
+    """
+
+    phase: RoundPhase
+    paused: bool
+    accepted: int
+    target_updates: int
+    min_updates: int
+    attempt: int
+    attempts: int
+    open_tasks: int
+    offered_again: int
+    closes_at: datetime
+    uploading_until: datetime | None
+
+
+def due_event(state: RoundState, now: datetime) -> RoundEvent | None:
+    """What the passing of time and updates asks of a round at `now`; None if it should wait.
+
+    Args:
+        state: the round as it stands under its lock.
+        now: Postgres's clock, read after the lock.
+
+    Edge cases:
+        a round with `min_updates` 0 (an evaluation) completes with whatever is in once its deadline has come;
+        a paused job's round may reach its target, but nothing else happens to it until the job is resumed;
+        with nobody left who could bring an update, a round below its minimum fails at once, not at its deadline.
+    """
+    if state.phase is not RoundPhase.COLLECTING:
+        return None
+    if state.accepted >= state.target_updates:
+        return RoundEvent.TARGET_REACHED
+    if state.paused or (now < state.closes_at and state.open_tasks):
+        return None
+    if state.uploading_until is not None and now < state.uploading_until:
+        return None
+    if state.accepted >= state.min_updates:
+        return RoundEvent.DEADLINE_WITH_ENOUGH
+    possible = state.accepted + state.open_tasks + state.offered_again
+    if state.attempt >= state.attempts or possible < state.min_updates:
+        return RoundEvent.ATTEMPTS_EXHAUSTED
+    return RoundEvent.OFFER_MISSING_AGAIN

@@ -1,0 +1,24 @@
+"""The schema: one file a table, and every table imported here so that the metadata is whole."""
+
+from app.models.api_key import ApiKey
+from app.models.base import Base, uuid7
+from app.models.checkpoint import Checkpoint
+from app.models.dataset import Dataset
+from app.models.enrollment_token import EnrollmentToken
+from app.models.event import Event, EventStream
+from app.models.grant import Grant
+from app.models.idempotency_key import IdempotencyKey
+from app.models.job import Job
+from app.models.ledger_entry import LedgerEntry
+from app.models.organization import Organization
+from app.models.participation import Participation
+from app.models.principal import Principal
+from app.models.round import Round
+from app.models.task import Task
+from app.models.update import Update
+from app.models.worker import Worker
+
+__all__ = [
+    "ApiKey", "Base", "Checkpoint", "Dataset", "EnrollmentToken", "Event", "EventStream", "Grant", "IdempotencyKey", "Job",
+    "LedgerEntry", "Organization", "Participation", "Principal", "Round", "Task", "Update", "Worker", "uuid7",
+]  # fmt: skip

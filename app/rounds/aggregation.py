@@ -1,0 +1,246 @@
+"""From a frozen set to the next model: read in canonical order, summed off the event loop, stored, then one transaction."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+import anyio.to_thread
+import numpy as np
+import structlog
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.audit.service import append, job_stream
+from app.blobs import BlobStore, StoredBlob, checkpoint_key
+from app.database import advisory_lock, clock
+from app.dependencies import Parts
+from app.errors import NotFound
+from app.federation.lifecycle import RoundEvent, advance_round
+from app.models import Checkpoint
+from app.rounds.closing import fail
+from app.rounds.opening import proceed
+from app.federation.pooling import pool_metrics
+from app.rounds.queries import Contribution, get_job, get_round, list_contributions
+from isthmus.codec.blocks import TensorFile, TensorFileWriter
+from isthmus.codec.errors import CodecError
+from isthmus.codec.header import header_limit
+from isthmus.federation.aggregation import NonFiniteAggregate, aggregate
+from isthmus.federation.statistics import Moments, merge_all, variance
+from isthmus.federation.strategies import Strategy, state_manifest, strategy_of
+from isthmus.wire.data import FeatureStatistics
+from isthmus.wire.events import EventKind
+from isthmus.wire.jobs import JobReason, JobSpec, JobState
+from isthmus.wire.manifest import Manifest
+from isthmus.wire.rounds import STATISTICS_PREFIX, RoundPhase, TaskKind
+
+log = structlog.get_logger(__name__)
+
+_LOCK_SPACE = 0x15_74_4D_55_00_00_00_00  # advisory locks of rounds, apart from other users' of the database
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is summed: everything that the result is a function of."""
+
+    job_id: UUID
+    round_id: UUID
+    number: int
+    kind: TaskKind
+    spec: JobSpec
+    manifest: Manifest
+    model_digest: str
+    state_digest: str | None
+    contributions: list[Contribution]
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """The next model and the strategy's next state, durable."""
+
+    checkpoint: StoredBlob
+    state: StoredBlob | None
+
+
+def lock_key(round_id: UUID) -> int:
+    """The advisory lock under which a round is aggregated: a signed 64-bit number."""
+    return (round_id.int ^ _LOCK_SPACE) & 0x7FFF_FFFF_FFFF_FFFF
+
+
+async def aggregate_round(parts: Parts, round_id: UUID) -> None:
+    """Aggregate a frozen round. Run twice at once, or when there is nothing to do, it does nothing.
+
+    A crash leaves the round aggregating and its lock free; the sweep asks again. A set without a finite mean, or an
+    update that cannot be read, fails the round and its job with the reason.
+    """
+    settings = parts.settings
+    url = settings.database_direct_url or settings.resolved_database_url()
+    async with advisory_lock(url, lock_key(round_id)) as held:
+        if not held:
+            return
+        async with parts.sessions() as session:
+            plan = await _plan(session, round_id)
+        if plan is None:
+            return
+        try:
+            result = await _compute(parts.blobs, plan) if plan.kind is TaskKind.TRAIN else None
+        except (NonFiniteAggregate, CodecError, NotFound) as error:
+            log.error("a round cannot be aggregated", round_id=str(round_id), error=str(error))
+            await _reject(parts, plan, str(error))
+            return
+        async with parts.sessions.begin() as session:
+            await _complete(session, plan, result)
+
+
+async def _plan(session: AsyncSession, round_id: UUID) -> _Plan | None:
+    of = await get_round(session, round_id)
+    if of.phase is not RoundPhase.AGGREGATING:
+        return None
+    job = await get_job(session, of.job_id)
+    state_digest = await session.scalar(
+        select(Checkpoint.state_digest).where(
+            Checkpoint.job_id == job.id, Checkpoint.round_number == job.rounds_completed
+        )
+    )
+    return _Plan(
+        job_id=job.id,
+        round_id=of.id,
+        number=of.number,
+        kind=of.kind,
+        spec=JobSpec.model_validate(job.spec),
+        manifest=Manifest.model_validate(job.manifest),
+        model_digest=of.model_digest,
+        state_digest=state_digest,
+        contributions=await list_contributions(session, round_id),
+    )
+
+
+async def _compute(blobs: BlobStore, plan: _Plan) -> _Result:
+    model = await blobs.open_path(checkpoint_key(plan.model_digest))
+    state = None if plan.state_digest is None else await blobs.open_path(checkpoint_key(plan.state_digest))
+    updates = [await blobs.open_path(item.update.blob_key) for item in plan.contributions]
+    drafts = (blobs.draft(), blobs.draft())
+    try:
+        digest, state_digest = await anyio.to_thread.run_sync(
+            write_aggregate,
+            plan.manifest,
+            strategy_of(plan.spec.strategy),
+            model,
+            state,
+            updates,
+            [item.update.weight for item in plan.contributions],
+            drafts,
+        )
+        checkpoint = await blobs.adopt(checkpoint_key(digest), drafts[0], digest)
+        kept = None
+        if state_digest is not None:
+            kept = await blobs.adopt(checkpoint_key(state_digest), drafts[1], state_digest)
+        return _Result(checkpoint, kept)
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+
+
+def write_aggregate(
+    manifest: Manifest,
+    strategy: Strategy,
+    model: Path,
+    state: Path | None,
+    updates: Sequence[Path],
+    weights: Sequence[float],
+    drafts: tuple[Path, Path],
+) -> tuple[str, str | None]:
+    """Write the next model, and the strategy's next state if it has one, to `drafts`; their digests. Blocks a thread."""
+    limit = header_limit(manifest)
+    states = state_manifest(strategy, manifest)
+    with contextlib.ExitStack() as stack:
+        sources = [stack.enter_context(TensorFile(path)) for path in updates]
+        sink = stack.enter_context(TensorFileWriter(drafts[0], manifest.tensors))
+        state_sink = None
+        if states is not None:
+            state_sink = stack.enter_context(TensorFileWriter(drafts[1], states.tensors))
+        aggregate(
+            manifest,
+            stack.enter_context(TensorFile(model, limit)),
+            sources,
+            weights,
+            strategy,
+            sink=sink,
+            state=None if state is None else stack.enter_context(TensorFile(state, 4 * limit)),
+            state_sink=state_sink,
+        )
+    return sink.digest, None if state_sink is None else state_sink.digest
+
+
+async def _reject(parts: Parts, plan: _Plan, why: str) -> None:
+    async with parts.sessions.begin() as session:
+        job = await get_job(session, plan.job_id, "update")
+        of = await get_round(session, plan.round_id, "update")
+        if of.phase is not RoundPhase.AGGREGATING:
+            return
+        detail = f"The updates of round {of.number} cannot be aggregated: {why}"
+        now = await clock(session)
+        await fail(session, job, of, RoundEvent.AGGREGATE_REJECTED, JobReason.AGGREGATE_REJECTED, detail, now)
+
+
+async def _complete(session: AsyncSession, plan: _Plan, result: _Result | None) -> None:
+    """Publish the result, and open what comes next, in one transaction. A job cancelled meanwhile stays cancelled."""
+    job = await get_job(session, plan.job_id, "update")
+    of = await get_round(session, plan.round_id, "update")
+    if of.phase is not RoundPhase.AGGREGATING or job.state not in (JobState.RUNNING, JobState.PAUSED):
+        return
+    now = await clock(session)
+    of.phase = advance_round(of.phase, RoundEvent.AGGREGATE_STORED)
+    of.completed_at = now
+    of.metrics = pool_metrics([item.update.released for item in plan.contributions])
+    of.result_digest = plan.model_digest
+    if result is not None:
+        job.model_digest = of.result_digest = result.checkpoint.digest
+        job.rounds_completed = of.number
+        session.add(
+            Checkpoint(
+                job_id=job.id,
+                round_number=of.number,
+                digest=result.checkpoint.digest,
+                size_bytes=result.checkpoint.size_bytes,
+                state_digest=None if result.state is None else result.state.digest,
+                created_at=now,
+            )
+        )
+    if plan.kind is TaskKind.STATISTICS:
+        job.statistics = merge_statistics(plan.spec, plan.contributions).model_dump(mode="json")
+    await session.flush()
+    await append(
+        session,
+        job_stream(job.id),
+        EventKind.ROUND_COMPLETED,
+        at=now,
+        round=of.number,
+        kind=of.kind.value,
+        updates=len(plan.contributions),
+        model_digest=of.model_digest,
+        result_digest=of.result_digest,
+        state_digest=None if result is None or result.state is None else result.state.digest,
+        metrics=of.metrics,
+        seconds=round((now - of.opened_at).total_seconds(), 6),
+    )
+    await proceed(session, job, of.number, now)
+
+
+def merge_statistics(spec: JobSpec, contributions: Sequence[Contribution]) -> FeatureStatistics:
+    """The federation's statistics from the sites', merged in canonical order."""
+    released = [item.update.released for item in contributions]
+
+    def of_site(site: dict[str, list[float]]) -> Moments:
+        return Moments(*(np.asarray(site[f"{STATISTICS_PREFIX}{name}"], np.float64) for name in ("count", "mean", "m2")))
+
+    merged = merge_all([of_site(site) for site in released])
+    return FeatureStatistics(
+        names=[feature.name for feature in spec.data.numbers()],
+        count=merged.count.tolist(),
+        mean=merged.mean.tolist(),
+        variance=variance(merged).tolist(),
+        rows=sum(float(site[f"{STATISTICS_PREFIX}rows"]) for site in released),
+        sites=len(released),
+    )

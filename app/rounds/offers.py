@@ -1,0 +1,232 @@
+"""The life of a task before its upload: claim, heartbeat, refuse, fail; and leases that lapse."""
+
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from procrastinate import App as Queue
+from sqlalchemy import func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import aliased
+
+from app.audit.service import append, job_stream
+from app.database import clock
+from app.errors import LeaseLost, TaskNotClaimed, TaskNotOpen
+from app.models import Checkpoint, Dataset, Grant, Job, Organization, Participation, Principal, Round, Task, Worker
+from app.rounds.closing import settle
+from app.rounds.queries import get_job, get_round, get_task
+from app.settings import Settings
+from app.wakeups import announce_change
+from isthmus.wire.data import FeatureStatistics
+from isthmus.wire.events import EventKind
+from isthmus.wire.jobs import JobSpec, JobState, ParticipationState
+from isthmus.wire.manifest import Manifest
+from isthmus.wire.rounds import (
+    HeartbeatReceipt,
+    ModelReference,
+    RoundPhase,
+    TaskOffer,
+    TaskState,
+    task_manifest,
+)
+from isthmus.wire.version import API_PREFIX
+
+SEEN_EVERY = timedelta(seconds=10)
+
+
+async def claim_task(
+    session: AsyncSession, settings: Settings, worker_id: UUID, datasets: tuple[str, ...] | None
+) -> TaskOffer | None:
+    """The worker's oldest offered task, now under a lease; None if nothing is on offer.
+
+    Locks the task alone and skips one that another call holds: two claims never get the same task.
+    """
+    offered = aliased(Task)
+    candidate = (
+        select(offered.id)
+        .join(Job, Job.id == offered.job_id)
+        .join(Round, Round.id == offered.round_id)
+        .join(Participation, Participation.id == offered.participation_id)
+        .where(
+            offered.worker_id == worker_id,
+            offered.state == TaskState.OFFERED,
+            Job.state == JobState.RUNNING,
+            Round.phase == RoundPhase.COLLECTING,
+            Participation.state == ParticipationState.APPROVED,
+        )
+        .order_by(offered.offered_at, offered.id)
+        .limit(1)
+        .with_for_update(of=offered, skip_locked=True)
+    )
+    if datasets is not None:
+        candidate = candidate.join(Dataset, Dataset.id == Participation.dataset_id).where(Dataset.name.in_(datasets))
+    claimed = await session.execute(
+        update(Task)
+        .where(Task.id == candidate.scalar_subquery())
+        .values(
+            state=TaskState.CLAIMED,
+            claimed_at=func.clock_timestamp(),
+            lease_expires_at=func.clock_timestamp() + settings.lease,
+        )
+        .returning(Task.id)
+    )
+    task_id = claimed.scalar_one_or_none()
+    return None if task_id is None else await _offer(session, settings, task_id)
+
+
+async def note_worker(session: AsyncSession, worker_id: UUID) -> None:
+    """Note that the worker was heard of, at most once in SEEN_EVERY."""
+    stale = func.coalesce(Worker.last_seen_at < func.clock_timestamp() - SEEN_EVERY, True)
+    await session.execute(
+        update(Worker).where(Worker.id == worker_id, stale).values(last_seen_at=func.clock_timestamp())
+    )
+
+
+async def _offer(session: AsyncSession, settings: Settings, task_id: UUID) -> TaskOffer:
+    row = (
+        await session.execute(
+            select(Task, Job, Round, Participation, Grant, Dataset.name, Organization.name, Principal.name, Checkpoint)
+            .join(Job, Job.id == Task.job_id)
+            .join(Round, Round.id == Task.round_id)
+            .join(Participation, Participation.id == Task.participation_id)
+            .join(Grant, Grant.participation_id == Participation.id)
+            .join(Dataset, Dataset.id == Participation.dataset_id)
+            .join(Organization, Organization.id == Dataset.organization_id)
+            .join(Principal, Principal.id == Job.owner_id)
+            .join(Checkpoint, (Checkpoint.job_id == Job.id) & (Checkpoint.digest == Round.model_digest))
+            .where(Task.id == task_id)
+            .order_by(Checkpoint.round_number.desc())
+            .limit(1)
+        )
+    ).one()
+    task, job, of, participation, grant, dataset, organization, owner, checkpoint = row
+    spec = JobSpec.model_validate(job.spec)
+    manifest = Manifest.model_validate(job.manifest)
+    return TaskOffer(
+        task_id=task.id,
+        kind=task.kind,
+        fence=task.fence,
+        lease_s=settings.lease.total_seconds(),
+        heartbeat_s=settings.heartbeat.total_seconds(),
+        job_id=job.id,
+        job=job.name,
+        spec=spec,
+        spec_digest=job.spec_digest,
+        requested_by=owner,
+        purpose=grant.purpose,
+        grant_expires_at=grant.expires_at,
+        grant_rounds=grant.rounds,
+        participation_id=participation.id,
+        organization=organization,
+        dataset=dataset,
+        round_number=of.number,
+        attempt=task.attempt,
+        closes_at=of.closes_at,
+        job_seed=spec.seed or "",
+        model=ModelReference(
+            url=f"{API_PREFIX}/checkpoints/{checkpoint.digest}",
+            digest=checkpoint.digest,
+            size_bytes=checkpoint.size_bytes,
+        ),
+        model_manifest=manifest,
+        upload_manifest=task_manifest(task.kind, spec, of.number, manifest),
+        statistics=None if job.statistics is None else FeatureStatistics.model_validate(job.statistics),
+    )
+
+
+async def renew_lease(
+    session: AsyncSession, settings: Settings, task_id: UUID, worker_id: UUID, fence: int
+) -> HeartbeatReceipt:
+    """The lease is longer, or the task is not this worker's to work on any more. One statement when all is well.
+
+    A lease that has passed but was not taken away is still valid: only the sweep ends it.
+    """
+    renewed = await session.execute(
+        update(Task)
+        .where(
+            Task.id == task_id,
+            Task.worker_id == worker_id,
+            Task.fence == fence,
+            Task.state.in_((TaskState.CLAIMED, TaskState.UPLOADING)),
+        )
+        .values(
+            lease_expires_at=func.clock_timestamp() + settings.lease,
+            progress_at=func.clock_timestamp(),
+        )
+        .returning(Task.id)
+    )
+    lease_s = settings.lease.total_seconds()
+    if renewed.scalar_one_or_none() is not None:
+        return HeartbeatReceipt(held=True, lease_s=lease_s)
+    task = await get_task(session, task_id, worker_id)
+    if task.state in (TaskState.CLAIMED, TaskState.UPLOADING, TaskState.OFFERED):
+        return HeartbeatReceipt(held=False, lease_s=lease_s, reason="The lease was taken away; the task is offered anew.")
+    return HeartbeatReceipt(held=False, lease_s=lease_s, reason=task.detail or f"The task is {task.state}.")
+
+
+async def end_task(
+    session: AsyncSession,
+    queue: Queue,
+    *,
+    task_id: UUID,
+    worker_id: UUID,
+    fence: int,
+    state: TaskState,
+    reason: str,
+    actor: str,
+) -> None:
+    """A worker gives its task up: `REFUSED` is final for the round, `FAILED` may be offered again. Twice is harmless.
+
+    Raises:
+        LeaseLost: the fence has moved on.
+        TaskNotOpen, TaskNotClaimed: there is nothing to give up.
+    """
+    seen = await get_task(session, task_id, worker_id)
+    job = await get_job(session, seen.job_id, "share")
+    of = await get_round(session, seen.round_id, "update")
+    task = await get_task(session, task_id, worker_id, "update")
+    if task.fence != fence:
+        raise LeaseLost
+    if task.state is state:
+        return
+    if task.state is TaskState.OFFERED:
+        raise TaskNotClaimed
+    if task.state not in (TaskState.CLAIMED, TaskState.UPLOADING):
+        raise TaskNotOpen(f"The task is {task.state}: {task.detail or 'it ended before'}.")
+    task.state, task.detail, task.lease_expires_at = state, reason, None
+    await session.flush()
+    now = await clock(session)
+    if job.state in (JobState.RUNNING, JobState.PAUSED):
+        await settle(session, queue, job, of, now)
+    kind = EventKind.TASK_REFUSED if state is TaskState.REFUSED else EventKind.TASK_FAILED
+    await append(session, job_stream(job.id), kind, at=now, actor=actor, round=of.number, reason=reason)
+    await announce_change(session, job.id)
+
+
+async def lapse_leases(session: AsyncSession, now: datetime, limit: int = 500) -> int:
+    """Take leases away that have passed: the task is offered again at once under the next fence. How many there were."""
+    lapsed = (
+        select(Task.id)
+        .where(Task.state.in_((TaskState.CLAIMED, TaskState.UPLOADING)), Task.lease_expires_at <= now)
+        .order_by(Task.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    taken = await session.execute(
+        update(Task)
+        .where(Task.id.in_(lapsed))
+        .values(
+            state=TaskState.OFFERED,
+            fence=Task.fence + 1,
+            offered_at=now,
+            claimed_at=None,
+            lease_expires_at=None,
+            detail="The worker's lease ran out; offered again.",
+        )
+        .returning(Task.job_id, Task.id, Task.fence)
+    )
+    rows = sorted(taken.all())
+    for job_id, task_id, fence in rows:
+        await append(session, job_stream(job_id), EventKind.LEASE_LOST, at=now, task_id=str(task_id), fence=fence)
+    for job_id in sorted({row[0] for row in rows}):
+        await announce_change(session, job_id)
+    return len(rows)

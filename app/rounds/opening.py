@@ -1,0 +1,197 @@
+"""Opening rounds: which comes next, whom it asks, and what if there are too few."""
+
+import hashlib
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.audit.service import append, append_all, job_stream
+from app.federation.lifecycle import JobEvent, advance_job
+from app.models import Grant, Job, Participation, Round, Task
+from app.rounds.queries import Candidate, list_candidates
+from app.wakeups import announce_change
+from isthmus.federation.cohort import Cohort, TooFewParticipations, draw_cohort
+from isthmus.wire.events import EventKind
+from isthmus.wire.jobs import JobReason, JobSpec, JobState, ParticipationState
+from isthmus.wire.rounds import TaskKind, kind_of_round
+
+
+def number_after(spec: JobSpec, last: int | None) -> int | None:
+    """The number of the round after `last` (None: nothing was done yet); None if the job is done.
+
+    Round 0 gathers statistics, if the job standardizes over the federation; rounds 1 to `rounds` train; one more
+    evaluates the final model, if something was held out.
+    """
+    if last is None:
+        return 0 if spec.data.standardize == "federated" and spec.data.numbers() else 1
+    if last < spec.rounds:
+        return last + 1
+    return last + 1 if last == spec.rounds and spec.evaluation.holdout > 0 else None
+
+
+async def begin_if_enough(session: AsyncSession, job: Job, now: datetime) -> None:
+    """Start a job that waits for approval once `min_updates` of its participations are approved. Needs the job's lock."""
+    if job.state is not JobState.AWAITING_APPROVAL:
+        return
+    spec = JobSpec.model_validate(job.spec)
+    candidates = await list_candidates(session, job.id, now)
+    if len(candidates) < spec.cohort.min_updates:
+        return
+    job.state = advance_job(job.state, JobEvent.ENOUGH_APPROVED)
+    job.reason, job.detail = None, None
+    await append(session, job_stream(job.id), EventKind.JOB_RUNNING, at=now, approved=len(candidates))
+    await proceed(session, job, None, now)
+
+
+async def proceed(session: AsyncSession, job: Job, last: int | None, now: datetime) -> None:
+    """After round `last`: open the next one, or end the job, or pause it for want of participations. Needs the job's lock.
+
+    A paused job waits: nothing is opened until it is resumed.
+    """
+    spec = JobSpec.model_validate(job.spec)
+    number = number_after(spec, last)
+    if number is None:
+        await _complete(session, job, now)
+        return
+    if job.state is not JobState.RUNNING:
+        return
+    kind = kind_of_round(number, spec.rounds)
+    candidates = await _with_rounds_left(session, job, kind, now)
+    if kind is TaskKind.EVALUATE and not candidates:
+        await _complete(session, job, now)
+        return
+    seed = cohort_seed(spec, number)
+    try:
+        cohort = _draw(spec, kind, candidates, seed)
+    except TooFewParticipations:
+        await _pause_for_want(session, job, len(candidates), spec.cohort.min_updates, now)
+        return
+    await _open(session, job, spec, number, kind, seed, cohort, candidates, now)
+
+
+def cohort_seed(spec: JobSpec, number: int) -> str:
+    """The recorded seed of a round's cohort, derived from the job's: 64 hexadecimal digits."""
+    assert spec.seed is not None  # the service draws one when the job is created
+    return hashlib.sha256(b"isthmus/cohort/v1" + bytes.fromhex(spec.seed) + number.to_bytes(8, "big")).hexdigest()
+
+
+def _draw(spec: JobSpec, kind: TaskKind, candidates: list[Candidate], seed: str) -> Cohort:
+    keys = [(candidate.organization, candidate.dataset) for candidate in candidates]
+    asked = spec.cohort
+    if kind is TaskKind.TRAIN:
+        return draw_cohort(
+            keys,
+            seed=bytes.fromhex(seed),
+            fraction=asked.fraction,
+            over_selection=asked.over_selection,
+            target=asked.target_updates,
+            min_updates=asked.min_updates,
+        )
+    least = asked.min_updates if kind is TaskKind.STATISTICS else 1
+    return draw_cohort(keys, seed=bytes.fromhex(seed), min_updates=least)
+
+
+async def _with_rounds_left(session: AsyncSession, job: Job, kind: TaskKind, now: datetime) -> list[Candidate]:
+    """Who may be asked. A grant whose rounds are used up ends when one more training round would be needed."""
+    candidates = list(await list_candidates(session, job.id, now))
+    if kind is not TaskKind.TRAIN:
+        return candidates
+    used_up = [candidate for candidate in candidates if candidate.rounds_left <= 0]
+    if used_up:
+        ids = [candidate.participation_id for candidate in used_up]
+        await session.execute(
+            update(Participation)
+            .where(Participation.id.in_(ids))
+            .values(state=ParticipationState.EXHAUSTED, detail="All rounds of its grant are used.")
+        )
+        await session.execute(update(Grant).where(Grant.participation_id.in_(ids)).values(ended_at=now))
+        await append_all(
+            session,
+            job_stream(job.id),
+            [
+                (EventKind.PARTICIPATION_EXHAUSTED, {"organization": gone.organization, "dataset": gone.dataset})
+                for gone in used_up
+            ],
+            at=now,
+        )
+    return [candidate for candidate in candidates if candidate.rounds_left > 0]
+
+
+async def _open(
+    session: AsyncSession,
+    job: Job,
+    spec: JobSpec,
+    number: int,
+    kind: TaskKind,
+    seed: str,
+    cohort: Cohort,
+    candidates: list[Candidate],
+    now: datetime,
+) -> None:
+    assert job.model_digest is not None
+    by_names = {(candidate.organization, candidate.dataset): candidate for candidate in candidates}
+    opened = Round(
+        job_id=job.id,
+        number=number,
+        kind=kind,
+        attempts=spec.cohort.attempts,
+        cohort_seed=seed,
+        cohort_size=len(cohort.chosen),
+        target_updates=cohort.target_updates,
+        min_updates=0 if kind is TaskKind.EVALUATE else spec.cohort.min_updates,
+        model_digest=job.model_digest,
+        opened_at=now,
+        closes_at=now + timedelta(seconds=spec.cohort.deadline_s),
+        grace_s=spec.cohort.grace_s,
+    )
+    session.add(opened)
+    await session.flush()
+    session.add_all(_task(job.id, opened, by_names[chosen]) for chosen in cohort.chosen)
+    await append(
+        session,
+        job_stream(job.id),
+        EventKind.ROUND_OPENED,
+        at=now,
+        round=number,
+        kind=kind.value,
+        model_digest=job.model_digest,
+        cohort_seed=seed,
+        cohort=[f"{chosen.organization}/{chosen.dataset}" for chosen in cohort.chosen],
+        target_updates=cohort.target_updates,
+    )
+    await announce_change(session, job.id)
+
+
+def _task(job_id: UUID, opened: Round, candidate: Candidate) -> Task:
+    return Task(
+        job_id=job_id,
+        round_id=opened.id,
+        participation_id=candidate.participation_id,
+        worker_id=candidate.worker_id,
+        kind=opened.kind,
+        offered_at=opened.opened_at,
+    )
+
+
+async def _pause_for_want(session: AsyncSession, job: Job, present: int, needed: int, now: datetime) -> None:
+    job.state = advance_job(job.state, JobEvent.PAUSED)
+    job.reason, job.paused_at = JobReason.TOO_FEW_PARTICIPATIONS, now
+    job.detail = f"{present} participations are approved and able, the next round needs {needed}. Get more, then resume."
+    await append(session, job_stream(job.id), EventKind.JOB_PAUSED, at=now, reason=job.reason.value, detail=job.detail)
+    await announce_change(session, job.id)
+
+
+async def _complete(session: AsyncSession, job: Job, now: datetime) -> None:
+    job.state = advance_job(job.state, JobEvent.COMPLETED)
+    job.reason, job.detail, job.ended_at = JobReason.ALL_ROUNDS_DONE, None, now
+    await append(
+        session,
+        job_stream(job.id),
+        EventKind.JOB_COMPLETED,
+        at=now,
+        model_digest=job.model_digest,
+        rounds=job.rounds_completed,
+    )
+    await announce_change(session, job.id)

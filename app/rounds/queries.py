@@ -1,0 +1,252 @@
+"""Reading rounds and what hangs on them; and the locks, in the order of the house."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+from uuid import UUID
+
+from sqlalchemy import Select, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.errors import NotFound
+from app.federation.lifecycle import OFFERED_AGAIN, OPEN_TASKS, RoundState
+from app.models import Checkpoint, Dataset, Grant, Job, Organization, Participation, Round, Task, Update, Worker
+from isthmus.wire.datasets import DatasetState
+from isthmus.wire.jobs import JobState, ParticipationState
+from isthmus.wire.rounds import RoundPhase, TaskState, TaskView
+
+Lock = Literal["share", "update"] | None
+
+
+def _locked(statement: Select[tuple[object]], lock: Lock) -> Select[tuple[object]]:
+    if lock is None:
+        return statement
+    return statement.with_for_update(read=lock == "share").execution_options(populate_existing=True)
+
+
+async def get_job(session: AsyncSession, job_id: UUID, lock: Lock = None) -> Job:
+    """The job, locked if asked.
+
+    Raises:
+        NotFound: there is none.
+    """
+    job = (await session.scalars(_locked(select(Job).where(Job.id == job_id), lock))).one_or_none()
+    if not isinstance(job, Job):
+        raise NotFound("job", job_id)
+    return job
+
+
+async def get_round(session: AsyncSession, round_id: UUID, lock: Lock = None) -> Round:
+    """The round, locked if asked.
+
+    Raises:
+        NotFound: there is none.
+    """
+    found = (await session.scalars(_locked(select(Round).where(Round.id == round_id), lock))).one_or_none()
+    if not isinstance(found, Round):
+        raise NotFound("round", round_id)
+    return found
+
+
+async def find_open_round(session: AsyncSession, job_id: UUID, lock: Lock = None) -> Round | None:
+    """The job's one round that collects or aggregates, if any."""
+    statement = select(Round).where(
+        Round.job_id == job_id, Round.phase.in_((RoundPhase.COLLECTING, RoundPhase.AGGREGATING))
+    )
+    found = (await session.scalars(_locked(statement, lock))).one_or_none()
+    assert found is None or isinstance(found, Round)
+    return found
+
+
+async def get_task(session: AsyncSession, task_id: UUID, worker_id: UUID | None, lock: Lock = None) -> Task:
+    """The task, if it is the worker's.
+
+    Raises:
+        NotFound: it is not, or there is none.
+    """
+    statement = select(Task).where(Task.id == task_id, Task.worker_id == worker_id)
+    task = (await session.scalars(_locked(statement, lock))).one_or_none()
+    if not isinstance(task, Task):
+        raise NotFound("task", task_id)
+    return task
+
+
+async def find_update(session: AsyncSession, task_id: UUID) -> Update | None:
+    """The task's accepted update, if any."""
+    return (await session.scalars(select(Update).where(Update.task_id == task_id))).one_or_none()
+
+
+async def round_state(session: AsyncSession, job: Job, of: Round) -> RoundState:
+    """All that decides what is due for the round, read under its lock."""
+    open_tasks, offered_again, uploading_until = (
+        await session.execute(
+            select(
+                func.count().filter(Task.state.in_(OPEN_TASKS)),
+                func.count().filter(Task.state.in_(OFFERED_AGAIN)),
+                func.max(Task.lease_expires_at).filter(Task.state == TaskState.UPLOADING),
+            ).where(Task.round_id == of.id)
+        )
+    ).one()
+    return RoundState(
+        phase=of.phase,
+        paused=job.state is JobState.PAUSED,
+        accepted=of.accepted,
+        target_updates=of.target_updates,
+        min_updates=of.min_updates,
+        attempt=of.attempt,
+        attempts=of.attempts,
+        open_tasks=open_tasks,
+        offered_again=offered_again,
+        closes_at=of.closes_at,
+        uploading_until=None if uploading_until is None else min(uploading_until, graced(of)),
+    )
+
+
+def graced(of: Round) -> datetime:
+    """The latest moment until which an upload in progress holds the round open."""
+    return datetime.fromtimestamp(of.closes_at.timestamp() + of.grace_s, of.closes_at.tzinfo)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A participation that may be asked now."""
+
+    participation_id: UUID
+    organization: str
+    dataset: str
+    worker_id: UUID
+    rounds_left: int
+
+
+async def list_candidates(session: AsyncSession, job_id: UUID, now: datetime) -> Sequence[Candidate]:
+    """Approved participations with a grant that holds at `now`, whose dataset is confirmed and whose worker is not revoked."""
+    found = await session.execute(
+        select(Participation.id, Organization.name, Dataset.name, Dataset.worker_id, Grant.rounds - Grant.rounds_used)
+        .join(Grant, Grant.participation_id == Participation.id)
+        .join(Dataset, Dataset.id == Participation.dataset_id)
+        .join(Organization, Organization.id == Dataset.organization_id)
+        .join(Worker, Worker.id == Dataset.worker_id)
+        .where(
+            Participation.job_id == job_id,
+            Participation.state == ParticipationState.APPROVED,
+            Grant.ended_at.is_(None),
+            Grant.expires_at > now,
+            Dataset.state == DatasetState.CONFIRMED,
+            Worker.revoked_at.is_(None),
+        )
+    )
+    return [Candidate(*row) for row in found]
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """An accepted update with the names that order it."""
+
+    update: Update
+    organization: str
+    dataset: str
+
+
+async def list_contributions(session: AsyncSession, round_id: UUID) -> list[Contribution]:
+    """The round's accepted updates that were not excluded, in canonical order: by names, as code points."""
+    found = await session.execute(
+        select(Update, Organization.name, Dataset.name)
+        .join(Participation, Participation.id == Update.participation_id)
+        .join(Dataset, Dataset.id == Participation.dataset_id)
+        .join(Organization, Organization.id == Dataset.organization_id)
+        .where(Update.round_id == round_id, Update.excluded.is_(False))
+    )
+    contributions = [Contribution(*row) for row in found]
+    return sorted(contributions, key=lambda item: (item.organization, item.dataset))
+
+
+async def last_finished_number(session: AsyncSession, job_id: UUID) -> int | None:
+    """The number of the job's last completed round; None if there is none."""
+    number: int | None = await session.scalar(
+        select(func.max(Round.number)).where(Round.job_id == job_id, Round.phase == RoundPhase.COMPLETED)
+    )
+    return number
+
+
+async def get_checkpoint(session: AsyncSession, job_id: UUID, digest: str) -> Checkpoint:
+    """The newest checkpoint of the job with this digest.
+
+    Raises:
+        NotFound: there is none.
+    """
+    found = await session.scalars(
+        select(Checkpoint)
+        .where(Checkpoint.job_id == job_id, Checkpoint.digest == digest)
+        .order_by(Checkpoint.round_number.desc())
+        .limit(1)
+    )
+    checkpoint = found.one_or_none()
+    if checkpoint is None:
+        raise NotFound("checkpoint", digest)
+    return checkpoint
+
+
+async def list_due_rounds(session: AsyncSession, now: datetime) -> Sequence[tuple[UUID, UUID]]:
+    """(job, round) of collecting rounds of which something may be due: the decision is made again under their locks."""
+    open_tasks = (
+        select(Task.id).where(Task.round_id == Round.id, Task.state.in_(OPEN_TASKS)).correlate(Round).exists()
+    )
+    found = await session.execute(
+        select(Round.job_id, Round.id)
+        .join(Job, Job.id == Round.job_id)
+        .where(
+            Round.phase == RoundPhase.COLLECTING,
+            ((Job.state == JobState.RUNNING) & ((Round.closes_at <= now) | ~open_tasks))
+            | (Round.accepted >= Round.target_updates),
+        )
+    )
+    return [(job_id, round_id) for job_id, round_id in found]
+
+
+async def list_tasks(session: AsyncSession, round_ids: Sequence[UUID]) -> dict[UUID, list[TaskView]]:
+    """The tasks of rounds as people see them, by round, in canonical order."""
+    found = await session.execute(
+        select(Task, Round.number, Organization.name, Dataset.name, Worker.name)
+        .join(Round, Round.id == Task.round_id)
+        .join(Participation, Participation.id == Task.participation_id)
+        .join(Dataset, Dataset.id == Participation.dataset_id)
+        .join(Organization, Organization.id == Dataset.organization_id)
+        .join(Worker, Worker.id == Task.worker_id)
+        .where(Task.round_id.in_(round_ids))
+    )
+    views: dict[UUID, list[TaskView]] = {round_id: [] for round_id in round_ids}
+    for task, number, organization, dataset, worker in found:
+        views[task.round_id].append(task_view(task, number, organization, dataset, worker))
+    for listed in views.values():
+        listed.sort(key=lambda view: (view.organization, view.dataset))
+    return views
+
+
+def task_view(task: Task, number: int, organization: str, dataset: str, worker: str | None) -> TaskView:
+    """A task with the names of what it hangs on."""
+    return TaskView(
+        id=task.id,
+        kind=task.kind,
+        state=task.state,
+        round_number=number,
+        attempt=task.attempt,
+        fence=task.fence,
+        organization=organization,
+        dataset=dataset,
+        worker=worker,
+        detail=task.detail,
+        offered_at=task.offered_at,
+        lease_expires_at=task.lease_expires_at,
+    )
+
+
+async def get_task_view(session: AsyncSession, task_id: UUID, worker_id: UUID | None) -> TaskView:
+    """A worker's own task.
+
+    Raises:
+        NotFound: it is another's, or there is none.
+    """
+    task = await get_task(session, task_id, worker_id)
+    views = await list_tasks(session, [task.round_id])
+    return next(view for view in views[task.round_id] if view.id == task_id)

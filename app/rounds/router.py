@@ -1,0 +1,249 @@
+"""A worker's side of the rounds: claim, heartbeat, hand in, refuse, fail."""
+
+import asyncio
+import re
+import time
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+
+from app.dependencies import Agent, BriefCaller, Caller, Parts, PartsOf, Transaction, check_scope
+from app.blobs import update_key
+from app.errors import Forbidden, InvalidRequest, LengthRequired, NormTooLarge, UnsupportedMediaType
+from app.problems import refuses
+from app.rounds import offers, queries, uploads
+from isthmus.codec.errors import CodecError
+from isthmus.wire.base import parse_repr_digest
+from isthmus.wire.organizations import Scope
+from isthmus.wire.problems import ProblemCode
+from isthmus.wire.rounds import (
+    ClaimTask,
+    FailTask,
+    Heartbeat,
+    HeartbeatReceipt,
+    RefuseTask,
+    TaskOffer,
+    TaskState,
+    TaskView,
+    UpdateReceipt,
+)
+from isthmus.wire.version import DIGEST_HEADER, FENCE_HEADER, TENSORS_MEDIA_TYPE
+
+router = APIRouter(prefix="/tasks", tags=["tasks"])
+
+_LOST = (ProblemCode.NOT_FOUND, ProblemCode.LEASE_LOST, ProblemCode.TASK_NOT_CLAIMED, ProblemCode.TASK_NOT_OPEN)
+
+
+def worker_of(caller: Caller) -> UUID:
+    """The worker whose key this is.
+
+    Raises:
+        Forbidden: it is nobody's of that kind.
+    """
+    if caller.worker_id is None:
+        raise Forbidden("Only a worker's key may do that: enrol one with a one-time token.")
+    return caller.worker_id
+
+
+async def _upload_headers(
+    request: Request,
+    fence: Annotated[int, Header(alias=FENCE_HEADER, ge=1, description="The fence of the claim.")],
+    digest: Annotated[
+        str, Header(alias=DIGEST_HEADER, max_length=500, description="`sha-256=:<base64>:` of the whole body.")
+    ],
+) -> uploads.UploadHeaders:
+    length = request.headers.get("content-length")
+    if length is None or not re.fullmatch("[0-9]{1,18}", length):
+        raise LengthRequired("State the body's length in Content-Length: updates are admitted before they are read.")
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip()
+    if media_type != TENSORS_MEDIA_TYPE:
+        raise UnsupportedMediaType(f"Updates are {TENSORS_MEDIA_TYPE}; this is {media_type or 'of no stated type'}.")
+    try:
+        return uploads.UploadHeaders(length=int(length), digest=parse_repr_digest(digest), fence=fence)
+    except ValueError as error:
+        raise InvalidRequest(f"{DIGEST_HEADER}: {error}.") from error
+
+
+@router.post(
+    "/claim",
+    summary="Ask for work",
+    response_model=TaskOffer,
+    responses={204: {"description": "Nothing is on offer; ask again after `Retry-After` seconds."}, **refuses()},
+)
+async def claim(
+    body: ClaimTask,
+    parts: PartsOf,
+    caller: BriefCaller,
+    request: Request,
+    wait: Annotated[float, Query(ge=0, le=300, description="Seconds to wait for work before answering 204.")] = 0,
+) -> TaskOffer | Response:
+    """Get the oldest task on offer, under a lease; waits for one to come, without holding a database connection."""
+    worker_id = worker_of(check_scope(caller, Scope.TASKS))
+    ends = time.monotonic() + min(wait, parts.settings.longest_wait.total_seconds())
+    async with parts.wakeups.worker(worker_id) as woken:  # registered before the first look: no offer is missed
+        while True:
+            woken.clear()
+            offer = await _try_claim(parts, worker_id, body)
+            if offer is not None:
+                return offer
+            left = ends - time.monotonic()
+            if left <= 0 or await request.is_disconnected():
+                return Response(status_code=204, headers={"Retry-After": "1"})
+            try:
+                await asyncio.wait_for(woken.wait(), left)
+            except TimeoutError:
+                continue  # one more look before the 204
+
+
+async def _try_claim(parts: Parts, worker_id: UUID, body: ClaimTask) -> TaskOffer | None:
+    async with parts.sessions.begin() as session:
+        await offers.note_worker(session, worker_id)
+        return await offers.claim_task(session, parts.settings, worker_id, body.datasets)
+
+
+@router.get("/{task_id}", summary="One of the worker's own tasks", responses=refuses(ProblemCode.NOT_FOUND))
+async def get_task(task_id: UUID, caller: Agent, session: Transaction) -> TaskView:
+    """Where a task stands, and why."""
+    return await queries.get_task_view(session, task_id, worker_of(caller))
+
+
+@router.post("/{task_id}/heartbeat", summary="Keep the lease", responses=refuses(ProblemCode.NOT_FOUND))
+async def heartbeat(
+    task_id: UUID, body: Heartbeat, parts: PartsOf, caller: Agent, session: Transaction
+) -> HeartbeatReceipt:
+    """Say that the training process of this task is alive; learn whether the work is still wanted."""
+    return await offers.renew_lease(session, parts.settings, task_id, worker_of(caller), body.fence)
+
+
+@router.put(
+    "/{task_id}/update",
+    summary="Hand in an update",
+    response_model=UpdateReceipt,
+    responses=refuses(
+        *_LOST,
+        ProblemCode.JOB_NOT_RUNNING,
+        ProblemCode.ROUND_NOT_COLLECTING,
+        ProblemCode.GRANT_WITHDRAWN,
+        ProblemCode.UPDATE_CONFLICT,
+        ProblemCode.LENGTH_REQUIRED,
+        ProblemCode.BODY_TOO_LARGE,
+        ProblemCode.UNSUPPORTED_MEDIA_TYPE,
+        ProblemCode.LENGTH_MISMATCH,
+        ProblemCode.DIGEST_MISMATCH,
+        ProblemCode.NOT_SAFETENSORS,
+        ProblemCode.TENSORS_MISMATCH,
+        ProblemCode.NON_FINITE,
+        ProblemCode.NORM_TOO_LARGE,
+    ),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {TENSORS_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+        }
+    },
+)
+async def submit_update(
+    task_id: UUID,
+    headers: Annotated[uploads.UploadHeaders, Depends(_upload_headers)],
+    request: Request,
+    parts: PartsOf,
+    caller: BriefCaller,
+) -> UpdateReceipt:
+    """Hand in a clipped, noised update. It is admitted, and its release recorded, from the headers; send
+    `Expect: 100-continue` and the body after the 100. Repeating the call with the same bytes is safe."""
+    worker_id = worker_of(check_scope(caller, Scope.TASKS))
+    async with parts.sessions.begin() as session:
+        admission = await uploads.admit_update(
+            session, parts.settings, task_id=task_id, worker_id=worker_id, headers=headers
+        )
+    if isinstance(admission, UpdateReceipt):
+        return admission
+    inspector = uploads.UpdateInspector(admission, headers.length)
+    try:
+        stored = await parts.blobs.receive(
+            update_key(task_id),
+            request.stream(),
+            length=headers.length,
+            digest=headers.digest,
+            inspector=inspector,
+            on_progress=_Progress(parts, task_id, headers.fence).note,
+        )
+    except (CodecError, NormTooLarge, InvalidRequest) as refusal:
+        async with parts.sessions.begin() as session:
+            await uploads.reject_content(
+                session,
+                parts.queue,
+                task_id=task_id,
+                worker_id=worker_id,
+                fence=headers.fence,
+                refusal=str(refusal),
+                actor=caller.name,
+            )
+        raise
+    kept = False
+    try:
+        async with parts.sessions.begin() as session:
+            update, kept = await uploads.accept_update(
+                session,
+                parts.queue,
+                parts.signer,
+                task_id=task_id,
+                worker_id=worker_id,
+                fence=headers.fence,
+                stored=stored,
+                l2_norm=inspector.scanner.l2_norm,
+                released=inspector.released(),
+                actor=caller.name,
+            )
+        return uploads.receipt_of(update)
+    finally:
+        if not kept:  # refused, or equal bytes were in before: this copy is nobody's
+            await parts.blobs.delete(stored.key)
+
+
+class _Progress:
+    """Notes that bytes keep coming, no more often than a heartbeat."""
+
+    def __init__(self, parts: Parts, task_id: UUID, fence: int) -> None:
+        self._parts = parts
+        self._task_id = task_id
+        self._fence = fence
+        self._noted = time.monotonic()
+
+    async def note(self) -> None:
+        """Called after every piece."""
+        if time.monotonic() - self._noted < self._parts.settings.heartbeat.total_seconds():
+            return
+        self._noted = time.monotonic()
+        async with self._parts.sessions.begin() as session:
+            await uploads.note_progress(session, self._parts.settings, self._task_id, self._fence)
+
+
+@router.post("/{task_id}/refuse", summary="Say no to a task", responses=refuses(*_LOST))
+async def refuse(task_id: UUID, body: RefuseTask, parts: PartsOf, caller: Agent, session: Transaction) -> TaskView:
+    """The worker's own policy, ledger or data says no. Final for this round; the reason is shown to the job's owner."""
+    return await _end(session, parts, caller, task_id, body.fence, TaskState.REFUSED, body.reason)
+
+
+@router.post("/{task_id}/fail", summary="Give a task up", responses=refuses(*_LOST))
+async def fail(task_id: UUID, body: FailTask, parts: PartsOf, caller: Agent, session: Transaction) -> TaskView:
+    """The work broke. The task may be offered again in the round's next attempt."""
+    return await _end(session, parts, caller, task_id, body.fence, TaskState.FAILED, body.reason)
+
+
+async def _end(
+    session: Transaction, parts: Parts, caller: Caller, task_id: UUID, fence: int, state: TaskState, reason: str
+) -> TaskView:
+    worker_id = worker_of(caller)
+    await offers.end_task(
+        session,
+        parts.queue,
+        task_id=task_id,
+        worker_id=worker_id,
+        fence=fence,
+        state=state,
+        reason=reason,
+        actor=caller.name,
+    )
+    return await queries.get_task_view(session, task_id, worker_id)

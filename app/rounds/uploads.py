@@ -1,0 +1,346 @@
+"""Updates: admitted from their headers, spent before a byte is read, accepted once their bytes are durable."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+from procrastinate import App as Queue
+from sqlalchemy import func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.audit.service import append, job_stream
+from app.blobs import StoredBlob
+from app.credentials import Signer
+from app.database import clock
+from app.errors import (
+    BodyTooLarge,
+    GrantWithdrawn,
+    InvalidRequest,
+    JobNotRunning,
+    LeaseLost,
+    NormTooLarge,
+    RoundNotCollecting,
+    TaskNotClaimed,
+    TaskNotOpen,
+    TensorsMismatch,
+    UpdateConflict,
+)
+from app.ledger.service import charge
+from app.models import Dataset, Grant, Job, Organization, Participation, Round, Task, Update
+from app.rounds.closing import settle
+from app.rounds.queries import find_update, get_job, get_round, get_task
+from app.settings import Settings
+from app.wakeups import announce_change
+from isthmus.codec.header import length_bounds
+from isthmus.codec.scanner import UpdateScanner
+from isthmus.privacy.clipping import norm_bound
+from isthmus.wire.events import EventKind
+from isthmus.wire.jobs import JobSpec, JobState, ParticipationState
+from isthmus.wire.manifest import Manifest
+from isthmus.wire.rounds import (
+    STATISTICS_PREFIX,
+    RoundPhase,
+    TaskKind,
+    TaskState,
+    UpdateReceipt,
+    receipt_bytes,
+    task_manifest,
+)
+from isthmus.wire.strategies import Weighting
+
+NORM_TOLERANCE = 1e-5
+"""Relative room for the rounding of a clipped update to float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class UploadHeaders:
+    """What a worker declares before it sends a byte."""
+
+    length: int
+    digest: str
+    fence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Leave to send the body: what it must hold, and how long it may be as a vector."""
+
+    task_id: UUID
+    manifest: Manifest
+    kind: TaskKind
+    clip_norm: float | None
+    noise_multiplier: float
+    elements: int
+
+
+class UpdateInspector:
+    """Judges a body as it arrives: the codec's checks, then the bound on its norm and the sense of its statistics."""
+
+    def __init__(self, admission: Admission, length: int) -> None:
+        self.scanner = UpdateScanner(admission.manifest, length)
+        self._admission = admission
+
+    def feed(self, chunk: bytes | memoryview) -> None:
+        """See `isthmus.codec.scanner`."""
+        self.scanner.feed(chunk)
+
+    def finish(self) -> None:
+        """Refuse what no honest clipping and noise can have given.
+
+        Raises:
+            NormTooLarge: an honest update is so long with probability below e^-50.
+            InvalidRequest: statistics that no rows have.
+        """
+        self.scanner.finish()
+        asked = self._admission
+        if asked.kind is TaskKind.TRAIN and asked.clip_norm is not None:
+            bound = norm_bound(asked.clip_norm, asked.noise_multiplier, asked.elements) * (1 + NORM_TOLERANCE)
+            if self.scanner.l2_norm > bound:
+                raise NormTooLarge(
+                    f"The update has L2 norm {self.scanner.l2_norm:.6g}; with clip_norm {asked.clip_norm:g} and "
+                    f"noise_multiplier {asked.noise_multiplier:g} it is at most {bound:.6g}."
+                )
+        if asked.kind is TaskKind.STATISTICS:
+            _check_statistics(self.scanner.captured)
+
+    def released(self) -> dict[str, Any]:
+        """Metrics and statistics by name: numbers, or lists of them."""
+        return {name: array.tolist() for name, array in sorted(self.scanner.captured.items())}
+
+
+def _check_statistics(captured: Mapping[str, Any]) -> None:
+    count, squares = captured[f"{STATISTICS_PREFIX}count"], captured[f"{STATISTICS_PREFIX}m2"]
+    rows = float(captured[f"{STATISTICS_PREFIX}rows"])
+    whole = bool(np.all(count == np.floor(count))) and rows == np.floor(rows)
+    if not whole or bool(np.any((count < 0) | (count > rows))) or bool(np.any(squares < 0)):
+        raise InvalidRequest("Statistics with a negative count or variance, or with more values than rows.")
+
+
+def receipt_of(accepted: Update) -> UpdateReceipt:
+    """The receipt of an accepted update: the same for ever."""
+    return UpdateReceipt(
+        task_id=accepted.task_id,
+        digest=accepted.digest,
+        received_at=accepted.received_at,
+        signature=accepted.signature,
+    )
+
+
+async def admit_update(
+    session: AsyncSession, settings: Settings, *, task_id: UUID, worker_id: UUID, headers: UploadHeaders
+) -> Admission | UpdateReceipt:
+    """Spend, then leave to send; or the receipt, if these very bytes are in already.
+
+    The same digest is admitted again for nothing, whatever the attempt and the fence. Another digest for the same
+    participation and round is refused: a second noising of the same data would be a second release.
+
+    Raises:
+        LeaseLost, TaskNotClaimed, TaskNotOpen: the task is not this worker's to hand in for.
+        JobNotRunning, RoundNotCollecting, GrantWithdrawn: nothing is taken any more.
+        UpdateConflict: other bytes were admitted or accepted.
+        BodyTooLarge, TensorsMismatch: a body of this length cannot fit the manifest. Nothing is spent.
+    """
+    seen = await get_task(session, task_id, worker_id)
+    accepted = await find_update(session, task_id)
+    if accepted is not None:
+        if accepted.digest != headers.digest:
+            raise UpdateConflict
+        return receipt_of(accepted)
+    job = await get_job(session, seen.job_id, "share")
+    of = await get_round(session, seen.round_id, "share")
+    task = await get_task(session, task_id, worker_id, "update")
+    participation, grant, dataset_id = await _participation(session, task.participation_id)
+    require_open(job, of, task, participation, headers.fence)
+    spec = JobSpec.model_validate(job.spec)
+    manifest = task_manifest(task.kind, spec, of.number, Manifest.model_validate(job.manifest))
+    _require_length(manifest, headers.length, settings.max_update_bytes)
+    model_elements = sum(
+        tensor.elements for name, tensor in manifest.tensors.items() if not name.startswith(("metrics/", "statistics/"))
+    )
+    if task.admitted_digest is None:
+        now = await clock(session)
+        if grant.ended_at is not None or grant.expires_at <= now:
+            raise GrantWithdrawn("expired" if grant.ended_at is None else participation.state.value)
+        if task.kind is TaskKind.TRAIN:
+            if grant.rounds_used >= grant.rounds:
+                raise GrantWithdrawn(ParticipationState.EXHAUSTED.value)
+            grant.rounds_used += 1
+        protected = task.kind is TaskKind.TRAIN
+        await charge(
+            session,
+            dataset_id=dataset_id,
+            job_id=job.id,
+            participation_id=participation.id,
+            round_number=of.number,
+            release=task.kind.value,
+            clip_norm=spec.privacy.clip_norm if protected else None,
+            noise_multiplier=spec.privacy.noise_multiplier if protected else 0.0,
+            elements=sum(tensor.elements for tensor in manifest.tensors.values()),
+            digest=headers.digest,
+            now=now,
+        )
+        task.admitted_digest = headers.digest
+    elif task.admitted_digest != headers.digest:
+        raise UpdateConflict
+    task.state = TaskState.UPLOADING
+    task.lease_expires_at = func.clock_timestamp() + settings.lease  # type: ignore[assignment] # evaluated by Postgres
+    return Admission(
+        task_id=task_id,
+        manifest=manifest,
+        kind=task.kind,
+        clip_norm=spec.privacy.clip_norm,
+        noise_multiplier=spec.privacy.noise_multiplier,
+        elements=model_elements,
+    )
+
+
+async def _participation(session: AsyncSession, participation_id: UUID) -> tuple[Participation, Grant, UUID]:
+    row = await session.execute(
+        select(Participation, Grant)
+        .join(Grant, Grant.participation_id == Participation.id)
+        .where(Participation.id == participation_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
+    participation, grant = row.one()
+    return participation, grant, participation.dataset_id
+
+
+def require_open(job: Job, of: Round, task: Task, participation: Participation, fence: int) -> None:
+    """Whether an upload for the task may go on now.
+
+    Raises:
+        JobNotRunning, RoundNotCollecting, GrantWithdrawn, LeaseLost, TaskNotClaimed, TaskNotOpen: it may not, and why.
+    """
+    if job.state not in (JobState.RUNNING, JobState.PAUSED):
+        raise JobNotRunning(f"The job is {job.state}: {job.detail or 'it takes nothing any more'}.")
+    if participation.state is not ParticipationState.APPROVED:
+        raise GrantWithdrawn(participation.state.value)
+    if of.phase is not RoundPhase.COLLECTING:
+        raise RoundNotCollecting(of.phase.value)
+    if task.fence != fence:
+        raise LeaseLost
+    if task.state is TaskState.OFFERED:
+        raise TaskNotClaimed
+    if task.state not in (TaskState.CLAIMED, TaskState.UPLOADING):
+        raise TaskNotOpen(f"The task is {task.state}: {task.detail or 'it ended before'}.")
+
+
+def _require_length(manifest: Manifest, length: int, largest: int) -> None:
+    shortest, longest = length_bounds(manifest)
+    if length > min(longest, largest):
+        raise BodyTooLarge(f"A body for this task has at most {min(longest, largest)} bytes; {length} were declared.")
+    if length < shortest:
+        raise TensorsMismatch(f"A body for this task has at least {shortest} bytes; {length} were declared.")
+
+
+async def note_progress(session: AsyncSession, settings: Settings, task_id: UUID, fence: int) -> None:
+    """Bytes keep coming: the lease is longer. A lease taken away meanwhile stays away."""
+    await session.execute(
+        update(Task)
+        .where(Task.id == task_id, Task.fence == fence, Task.state == TaskState.UPLOADING)
+        .values(lease_expires_at=func.clock_timestamp() + settings.lease, progress_at=func.clock_timestamp())
+    )
+
+
+async def accept_update(
+    session: AsyncSession,
+    queue: Queue,
+    signer: Signer,
+    *,
+    task_id: UUID,
+    worker_id: UUID,
+    fence: int,
+    stored: StoredBlob,
+    l2_norm: float,
+    released: dict[str, Any],
+    actor: str,
+) -> tuple[Update, bool]:
+    """Turn bytes that are durable already into the task's one update; False if equal bytes were in before these.
+
+    The same bytes again give the same receipt, even late. Other bytes are refused. If the set is full with this
+    update, it is frozen in the same transaction.
+    """
+    seen = await get_task(session, task_id, worker_id)
+    job = await get_job(session, seen.job_id, "share")
+    of = await get_round(session, seen.round_id, "update")
+    task = await get_task(session, task_id, worker_id, "update")
+    accepted = await find_update(session, task_id)
+    if accepted is not None:  # looked at under the lock: two equal uploads may race
+        if accepted.digest != stored.digest:
+            raise UpdateConflict
+        return accepted, False
+    row = await session.execute(
+        select(Participation, Dataset.name, Organization.name)
+        .join(Dataset, Dataset.id == Participation.dataset_id)
+        .join(Organization, Organization.id == Dataset.organization_id)
+        .where(Participation.id == task.participation_id)
+        .execution_options(populate_existing=True)
+    )
+    participation, dataset, organization = row.one()
+    require_open(job, of, task, participation, fence)
+    if task.admitted_digest != stored.digest:
+        raise UpdateConflict
+    now = await clock(session)
+    accepted = Update(
+        task_id=task_id,
+        round_id=of.id,
+        participation_id=task.participation_id,
+        blob_key=stored.key,
+        digest=stored.digest,
+        size_bytes=stored.size_bytes,
+        weight=_weight(job, participation),
+        l2_norm=l2_norm,
+        released=released,
+        excluded=False,
+        received_at=now,
+        signature=signer.sign(receipt_bytes(task_id, stored.digest, now)),
+    )
+    session.add(accepted)
+    task.state, task.detail, task.lease_expires_at = TaskState.SUBMITTED, None, None
+    of.accepted += 1
+    await session.flush()
+    await append(
+        session,
+        job_stream(job.id),
+        EventKind.UPDATE_ACCEPTED,
+        at=now,
+        actor=actor,
+        round=of.number,
+        kind=task.kind.value,
+        organization=organization,
+        dataset=dataset,
+        digest=stored.digest,
+        accepted=of.accepted,
+        target_updates=of.target_updates,
+    )
+    if await settle(session, queue, job, of, now) is None:
+        await announce_change(session, job.id)
+    return accepted, True
+
+
+def _weight(job: Job, participation: Participation) -> float:
+    strategy = JobSpec.model_validate(job.spec).strategy
+    return float(participation.declared_rows) if strategy.weights is Weighting.DECLARED else 1.0
+
+
+async def reject_content(
+    session: AsyncSession, queue: Queue, *, task_id: UUID, worker_id: UUID, fence: int, refusal: str, actor: str
+) -> None:
+    """A body that can never be taken: the round need not wait for it. What was spent stays spent."""
+    seen = await get_task(session, task_id, worker_id)
+    job = await get_job(session, seen.job_id, "share")
+    of = await get_round(session, seen.round_id, "update")
+    task = await get_task(session, task_id, worker_id, "update")
+    if task.fence != fence or task.state is not TaskState.UPLOADING:
+        return
+    task.state, task.detail, task.lease_expires_at = TaskState.FAILED, refusal, None
+    await session.flush()
+    now: datetime = await clock(session)
+    await append(session, job_stream(job.id), EventKind.TASK_FAILED, at=now, actor=actor, round=of.number, reason=refusal)
+    if job.state in (JobState.RUNNING, JobState.PAUSED):
+        await settle(session, queue, job, of, now)
+    await announce_change(session, job.id)

@@ -1,0 +1,109 @@
+"""Waking who waits. One coalesced NOTIFY a job and change; a process that hears it wakes only whom it concerns.
+
+Waiting holds no database connection: a waiter is an `asyncio.Event`. A waiter registers before it looks for work, every
+waiter is woken after a reconnection, and every waiter looks once more before it gives up; so a lost notification costs a
+little time and never a task.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Final
+from uuid import UUID
+
+import psycopg
+import structlog
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.database import Sessions, libpq_url
+from app.models import Task
+from isthmus.wire.rounds import TaskState
+
+log = structlog.get_logger(__name__)
+
+CHANNEL: Final = "isthmus_jobs"
+RECONNECT_S: Final = 0.5
+
+
+async def announce_change(session: AsyncSession, job_id: UUID) -> None:
+    """Tell every process, when this transaction commits, that something of the job changed. Equal ones are coalesced."""
+    await session.execute(select(func.pg_notify(CHANNEL, str(job_id))))
+
+
+class Wakeups:
+    """Listens on a direct connection and wakes the workers and event streams that wait in this process."""
+
+    def __init__(self, url: str, sessions: Sessions) -> None:
+        self._url = libpq_url(url)
+        self._sessions = sessions
+        self._workers: dict[UUID, set[asyncio.Event]] = {}
+        self._jobs: dict[UUID, set[asyncio.Event]] = {}
+        self.connected = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def worker(self, worker_id: UUID) -> AsyncIterator[asyncio.Event]:
+        """An event that is set when a task may be on offer to the worker."""
+        with _registered(self._workers, worker_id) as event:
+            yield event
+
+    @contextlib.asynccontextmanager
+    async def job(self, job_id: UUID) -> AsyncIterator[asyncio.Event]:
+        """An event that is set when something of the job changed."""
+        with _registered(self._jobs, job_id) as event:
+            yield event
+
+    def waiting(self) -> int:
+        """How many workers wait in this process."""
+        return len(self._workers)
+
+    async def run(self) -> None:
+        """Listen until cancelled; reconnect for ever."""
+        while True:
+            try:
+                await self._listen()
+            except (psycopg.Error, OSError) as error:
+                log.warning("the listener lost its connection", error=str(error))
+            finally:
+                self.connected.clear()
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _listen(self) -> None:
+        connection = await psycopg.AsyncConnection.connect(self._url, autocommit=True)
+        async with connection:
+            await connection.execute(f"LISTEN {CHANNEL}")
+            self.connected.set()
+            _set(event for events in (*self._workers.values(), *self._jobs.values()) for event in events)
+            while True:
+                # The first notification is waited for; those that came with it are taken along, for one query.
+                heard = {note.payload async for note in connection.notifies(stop_after=1)}
+                heard |= {note.payload async for note in connection.notifies(timeout=0)}
+                await self._wake({UUID(payload) for payload in heard})
+
+    async def _wake(self, jobs: set[UUID]) -> None:
+        _set(event for job in jobs for event in self._jobs.get(job, ()))
+        if not self._workers:
+            return
+        async with self._sessions() as session:
+            offered = await session.scalars(
+                select(Task.worker_id).where(Task.state == TaskState.OFFERED, Task.job_id.in_(jobs)).distinct()
+            )
+            concerned = set(offered)
+        _set(event for worker in concerned for event in self._workers.get(worker, ()))
+
+
+def _set(events: Iterable[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
+
+
+@contextlib.contextmanager
+def _registered(waiters: dict[UUID, set[asyncio.Event]], key: UUID) -> Iterator[asyncio.Event]:
+    event = asyncio.Event()
+    waiters.setdefault(key, set()).add(event)
+    try:
+        yield event
+    finally:
+        waiters[key].discard(event)
+        if not waiters[key]:
+            del waiters[key]

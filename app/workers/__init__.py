@@ -1,0 +1,1 @@
+"""Agents at organizations: how they enrol and how they end."""

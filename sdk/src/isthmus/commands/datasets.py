@@ -1,0 +1,116 @@
+"""`isthmus dataset ...`"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from isthmus.commands.lookup import dataset_id
+from isthmus.commands.options import Json
+from isthmus.commands.rendering.datasets import dataset_text, datasets_table, ledger_table, policy_text
+from isthmus.commands.session import connected, plain, write_json
+from isthmus.jobfile import load
+from isthmus.wire.datasets import AutomaticApproval, UsePolicy
+from isthmus.wire.models import ModelKind
+
+app = typer.Typer(no_args_is_help=True, help="Datasets: what workers can read, as metadata.")
+
+Reference = Annotated[str, typer.Argument(metavar="DATASET", help="Its name, organization/name or id.")]
+
+
+@app.command("list")
+def list_all(ctx: typer.Context, as_json: Json = False) -> None:
+    """All datasets that you may see."""
+    with connected(ctx) as at:
+        at.show_all(at.client.datasets.list(), datasets_table, as_json)
+
+
+@app.command()
+def show(ctx: typer.Context, dataset: Reference, as_json: Json = False) -> None:
+    """One dataset: its columns and its policy."""
+    with connected(ctx) as at:
+        at.show(at.client.datasets.get(dataset_id(at.client, dataset)), dataset_text, as_json)
+
+
+@app.command()
+def confirm(ctx: typer.Context, dataset: Reference, as_json: Json = False) -> None:
+    """Confirm that announced data is yours. Only confirmed datasets take part in jobs."""
+    with connected(ctx) as at:
+        at.show(at.client.datasets.confirm(dataset_id(at.client, dataset)), dataset_text, as_json)
+
+
+@app.command()
+def retire(ctx: typer.Context, dataset: Reference, as_json: Json = False) -> None:
+    """Take a dataset out of use."""
+    with connected(ctx) as at:
+        at.show(at.client.datasets.retire(dataset_id(at.client, dataset)), dataset_text, as_json)
+
+
+@app.command()
+def ledger(ctx: typer.Context, dataset: Reference, as_json: Json = False) -> None:
+    """Everything of a dataset that was released."""
+    with connected(ctx) as at:
+        at.show_all(at.client.datasets.ledger(dataset_id(at.client, dataset)), ledger_table, as_json)
+
+
+@app.command()
+def policy(
+    ctx: typer.Context,
+    dataset: Reference,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="A YAML file that replaces the whole policy.")
+    ] = None,
+    purpose: Annotated[list[str] | None, typer.Option(help="A purpose that is allowed; repeat it for more.")] = None,
+    researcher: Annotated[list[str] | None, typer.Option(help="A principal who may ask; repeat it for more.")] = None,
+    any_researcher: Annotated[bool, typer.Option("--any-researcher", help="Anybody of the platform may ask.")] = False,
+    model_kind: Annotated[list[ModelKind] | None, typer.Option(help="A kind of model that is allowed.")] = None,
+    min_noise_multiplier: Annotated[float | None, typer.Option(help="The least noise.")] = None,
+    max_clip_norm: Annotated[float | None, typer.Option(help="The longest update.")] = None,
+    min_cohort: Annotated[int | None, typer.Option(help="The fewest updates a round may close with.")] = None,
+    max_rounds: Annotated[int | None, typer.Option(help="The most rounds of a job.")] = None,
+    exact_metrics: Annotated[
+        bool | None, typer.Option("--exact-metrics/--no-exact-metrics", help="May loss and accuracy leave un-noised?")
+    ] = None,
+    exact_statistics: Annotated[
+        bool | None, typer.Option("--exact-statistics/--no-exact-statistics", help="May means leave un-noised?")
+    ] = None,
+    approve_by_rule: Annotated[
+        bool | None,
+        typer.Option("--approve-by-rule/--ask-a-steward", help="Grant jobs within the policy without asking?"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a dataset's policy; or change the clauses that are given, and leave the others as they are."""
+    changes = _changes(
+        purposes=tuple(purpose) if purpose else None,
+        principals=tuple(researcher) if researcher else None,
+        model_kinds=tuple(model_kind) if model_kind else None,
+        min_noise_multiplier=min_noise_multiplier,
+        max_clip_norm=max_clip_norm,
+        min_cohort=min_cohort,
+        max_rounds=max_rounds,
+        allow_exact_metrics=exact_metrics,
+        allow_exact_statistics=exact_statistics,
+        automatic_approval=AutomaticApproval() if approve_by_rule else None,
+    )
+    if any_researcher:
+        changes["principals"] = None
+    if approve_by_rule is False:
+        changes["automatic_approval"] = None
+    if file is not None and changes:
+        raise typer.BadParameter("--file replaces the whole policy; it goes with no other clause")
+    wanted = load(file, UsePolicy) if file is not None else None
+    with connected(ctx) as at:
+        found = at.client.datasets.get(dataset_id(at.client, dataset))
+        if wanted is None and changes:
+            wanted = UsePolicy.model_validate({**plain(found.policy), **changes})
+        if wanted is not None:
+            found = at.client.datasets.set_policy(found.id, wanted)
+        if as_json:
+            write_json(at.around, plain(found.policy))
+        else:
+            at.around.out.print(policy_text(found))
+
+
+def _changes(**given: Any) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}

@@ -1,0 +1,323 @@
+"""A federated training job, as a person writes it and as the service tells of it."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from isthmus.wire.base import Digest, Finite, Label, Name, Request, Response
+from isthmus.wire.data import DataSpec, FeatureStatistics
+from isthmus.wire.manifest import Manifest
+from isthmus.wire.models import ModelSpec
+from isthmus.wire.problems import ProblemCode
+from isthmus.wire.strategies import FedAvg, StrategySpec
+
+Positive = Annotated[Finite, Field(gt=0)]
+Seconds = Annotated[Finite, Field(ge=0, le=30 * 86400)]
+
+
+class Sgd(Request):
+    """Stochastic gradient descent, as torch.optim.SGD."""
+
+    kind: Literal["sgd"] = "sgd"
+    lr: Annotated[Finite, Field(gt=0, le=1000)]
+    momentum: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[Finite, Field(ge=0, le=100)] = 0.0
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> "Sgd":
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class Adam(Request):
+    """Adam, as torch.optim.Adam; `adamw` decouples the weight decay."""
+
+    kind: Literal["adam", "adamw"] = "adam"
+    lr: Annotated[Finite, Field(gt=0, le=100)] = 1e-3
+    beta1: Annotated[Finite, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[Finite, Field(ge=0, lt=1)] = 0.999
+    weight_decay: Annotated[Finite, Field(ge=0, le=100)] = 0.0
+
+
+def _one_key(value: Any) -> Any:
+    """`{sgd: {lr: 0.1}}` -> `{kind: sgd, lr: 0.1}`; `adam` -> `{kind: adam}`."""
+    if isinstance(value, str):
+        return {"kind": value}
+    if isinstance(value, dict) and "kind" not in value and len(value) == 1:
+        kind, options = next(iter(value.items()))
+        if isinstance(options, dict) or options is None:
+            return {"kind": kind, **(options or {})}
+    return value
+
+
+OptimizerSpec = Annotated[
+    Annotated[Sgd | Adam, Field(discriminator="kind")],
+    BeforeValidator(_one_key),
+]
+
+
+class TrainingSpec(Request):
+    """What a worker does with its rows in one round."""
+
+    optimizer: OptimizerSpec
+    batch_size: int | Literal["all"] = 32
+    epochs: int = Field(default=1, ge=1, le=10_000)
+    loss: Literal["cross_entropy", "mse"] = "cross_entropy"
+    threads: int = Field(default=1, ge=1, le=256)
+    """Torch threads; more than one gives up bit-for-bit determinism over machines."""
+
+    @model_validator(mode="after")
+    def _batches_hold_something(self) -> "TrainingSpec":
+        if isinstance(self.batch_size, int) and not 1 <= self.batch_size <= 10_000_000:
+            raise ValueError("batch_size is a number from 1 to 10,000,000, or 'all'")
+        return self
+
+
+class CohortSpec(Request):
+    """Who takes part in a round, and when it closes."""
+
+    fraction: Annotated[Finite, Field(gt=0, le=1)] = 1.0
+    """Share of the approved participations drawn for a round, rounded up."""
+    target_updates: int | Literal["all"] = "all"
+    """Updates at which the round closes at once; all: the cohort without the over-selected."""
+    over_selection: int = Field(default=0, ge=0, le=100_000)
+    """So many more participations are asked than needed, and the slowest are left behind."""
+    min_updates: int = Field(default=2, ge=2, le=100_000)
+    deadline_s: Annotated[Finite, Field(ge=1, le=30 * 86400)] = 600.0
+    grace_s: Seconds = 5.0
+    """An upload that makes progress at the deadline holds the round open for at most so long."""
+    attempts: int = Field(default=3, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _target_reaches_the_minimum(self) -> "CohortSpec":
+        if isinstance(self.target_updates, int) and self.target_updates < self.min_updates:
+            raise ValueError(f"target_updates {self.target_updates} is below min_updates {self.min_updates}")
+        return self
+
+
+class PrivacySpec(Request):
+    """Clipping and noise at the worker. No epsilon is claimed by this version of the service."""
+
+    clip_norm: Positive | None = None
+    """L2 bound on the whole update; None: not clipped."""
+    noise_multiplier: Annotated[Finite, Field(ge=0, le=1e6)] = 0.0
+    """Each worker adds Gaussian noise of standard deviation noise_multiplier * clip_norm to its clipped update."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_epsilon_yet(cls, value: Any) -> Any:
+        if value == "none" or value is None:
+            return {}
+        if isinstance(value, dict):
+            for name in ("epsilon", "delta", "unit", "where"):
+                if name in value:
+                    raise PydanticCustomError(
+                        ProblemCode.EPSILON_NOT_AVAILABLE.value,
+                        "privacy.{name} is refused: this version has no accountant and claims no epsilon. "
+                        "Write `privacy: none`, or `clip_norm` and `noise_multiplier`.",
+                        {"name": name},
+                    )
+        return value
+
+    @model_validator(mode="after")
+    def _noise_is_scaled_by_the_clip(self) -> "PrivacySpec":
+        if self.noise_multiplier > 0 and self.clip_norm is None:
+            raise ValueError("noise_multiplier needs a clip_norm: the noise is scaled by it")
+        return self
+
+
+class EvaluationRelease(StrEnum):
+    """What a site tells of its evaluation."""
+
+    EXACT = "exact"
+    LOCAL = "local"  # the results stay with the worker
+
+
+class EvaluationSpec(Request):
+    """How models are measured at the sites."""
+
+    holdout: Annotated[Finite, Field(ge=0, lt=1)] = 0.2
+    """Share of each label's rows that is never trained on."""
+    every: int = Field(default=1, ge=0, le=1_000_000)
+    """Measure the round's model at every so many rounds; 0: only the final model is measured."""
+    release: EvaluationRelease | None = None
+    """None: `exact` without privacy, `local` with it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_noised_release_yet(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("release") == "noised":
+            raise PydanticCustomError(
+                ProblemCode.EPSILON_NOT_AVAILABLE.value,
+                "evaluation.release 'noised' is refused: this version has no accountant. Use `exact` or `local`.",
+                {},
+            )
+        return value
+
+
+class JobSpec(Request):
+    """What a researcher asks for. Its digest, over the canonical JSON with all defaults filled in, names it."""
+
+    name: Name
+    purpose: Label = "research"
+    description: str = Field(default="", max_length=4000)
+    model: ModelSpec
+    data: DataSpec
+    training: TrainingSpec
+    strategy: StrategySpec = FedAvg()
+    cohort: CohortSpec = CohortSpec()
+    privacy: PrivacySpec
+    rounds: int = Field(ge=1, le=1_000_000)
+    evaluation: EvaluationSpec = EvaluationSpec()
+    seed: Digest | None = None
+    """32 bytes in hexadecimal from which cohorts, initial weights and batches derive; None: the service draws one."""
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> "JobSpec":
+        if (self.training.loss == "cross_entropy") != (self.data.task == "classification"):
+            raise ValueError(f"loss {self.training.loss!r} does not fit a {self.data.task} task")
+        if self.model.layers is not None:
+            if self.privacy.noise_multiplier > 0 and self.model.mixes_records:
+                raise ValueError(
+                    "batch_norm does not go with noise: a noised running variance can turn negative; use group_norm"
+                )
+            plan = self.model.plan(self.data.input_shape)
+            if plan.output_shape != (self.data.outputs,):
+                raise ValueError(
+                    f"the model gives outputs of shape {list(plan.output_shape)}; "
+                    f"the data section wants {[self.data.outputs]}"
+                )
+        return self
+
+    @property
+    def releases_exact_metrics(self) -> bool:
+        """Whether sites send their metrics as they are."""
+        if self.evaluation.release is None:
+            return self.privacy.clip_norm is None
+        return self.evaluation.release is EvaluationRelease.EXACT
+
+
+class JobState(StrEnum):
+    """Where a job stands."""
+
+    DRAFT = "draft"
+    AWAITING_APPROVAL = "awaiting_approval"
+    RUNNING = "running"
+    PAUSED = "paused"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class JobReason(StrEnum):
+    """Why a job is where it is."""
+
+    BY_REQUEST = "by-request"
+    TOO_FEW_PARTICIPATIONS = "too-few-participations"
+    ROUND_FAILED = "round-failed"
+    AGGREGATE_REJECTED = "aggregate-rejected"
+    ALL_ROUNDS_DONE = "all-rounds-done"
+
+
+class CreateJob(Request):
+    """A new job, as a draft: upload the initial model, then start it."""
+
+    spec: JobSpec
+
+
+class CancelJob(Request):
+    """Why the job is ended, for the record."""
+
+    note: Label = "cancelled by its owner"
+
+
+class JobView(Response):
+    """A job and where it stands."""
+
+    id: UUID
+    name: str
+    owner: str
+    """Name of the principal who created it."""
+    state: JobState
+    reason: JobReason | None
+    detail: str | None
+    """The reason in a sentence."""
+    spec: JobSpec
+    spec_digest: str
+    manifest: Manifest | None
+    rounds_completed: int
+    current_round: int | None
+    model_digest: str | None
+    """The newest checkpoint."""
+    statistics: FeatureStatistics | None
+    """What `standardize: federated` found; the published model is used with it."""
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+
+
+class ParticipationState(StrEnum):
+    """Where one dataset stands in one job."""
+
+    PENDING = "pending"
+    APPROVED = "approved"
+    REJECTED = "rejected"
+    WITHDRAWN = "withdrawn"
+    EXPIRED = "expired"
+    EXHAUSTED = "exhausted"
+
+
+class ApproveParticipation(Request):
+    """The grant: for what, until when, for how many rounds. What is left out is taken from the job."""
+
+    purpose: Label | None = None
+    expires_in_s: int | None = Field(default=None, ge=1, le=3660 * 86400)
+    rounds: int | None = Field(default=None, ge=1, le=1_000_000)
+
+
+class RejectParticipation(Request):
+    """A steward says no, and why."""
+
+    note: Label
+
+
+class WithdrawParticipation(Request):
+    """A steward takes the grant back, in the middle of the job if need be."""
+
+    note: Label
+
+
+class GrantView(Response):
+    """A steward's approval of a participation."""
+
+    purpose: str
+    expires_at: datetime
+    rounds: int
+    rounds_used: int
+    granted_by: str
+    granted_at: datetime
+    by_rule: bool
+
+
+class ParticipationView(Response):
+    """One dataset's part in one job."""
+
+    id: UUID
+    job_id: UUID
+    job: str
+    dataset_id: UUID
+    dataset: str
+    organization: str
+    state: ParticipationState
+    detail: str | None
+    declared_rows: int
+    grant: GrantView | None
+    requested_by: str
+    purpose: str
+    created_at: datetime

@@ -1,0 +1,55 @@
+"""How well a model does on the rows that are never trained on."""
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from isthmus.federation.metrics import accuracy, auc
+from isthmus.wire.data import DataSpec
+from isthmus_worker.features import Examples
+from isthmus_worker.training import as_tensors, loss_of
+
+_BATCH: Final = 1024
+
+
+class NotMeasurable(Exception):
+    """The model gives no finite loss here."""
+
+
+def evaluate(
+    model: nn.Module, examples: Examples, data: DataSpec, loss: str, tell: Callable[[], None]
+) -> dict[str, float]:
+    """Measure `model` on held-out rows.
+
+    Returns:
+        `examples` and `loss`; for classification `accuracy`; for two classes `auc`, unless one of them is missing.
+        Without rows: examples 0 and loss 0 (and accuracy 0), which count for nothing where they are pooled.
+
+    Raises:
+        NotMeasurable: outputs are NaN or infinite.
+    """
+    classifies = data.task == "classification"
+    total, outputs = 0.0, []
+    model.eval()
+    with torch.no_grad():
+        inputs, targets = as_tensors(examples, data.input_shape)
+        for start in range(0, len(examples), _BATCH):
+            predicted = model(inputs[start : start + _BATCH])
+            total += loss_of(predicted, targets[start : start + _BATCH], loss, reduction="sum").item()
+            outputs.append(predicted.double().numpy())
+            tell()
+    found = {"examples": float(len(examples)), "loss": total / max(1, len(examples))}
+    if not math.isfinite(found["loss"]):
+        raise NotMeasurable
+    if classifies:
+        logits = np.concatenate(outputs) if outputs else np.zeros((0, data.outputs))
+        found["accuracy"] = accuracy(logits.argmax(axis=1), examples.targets) or 0.0
+        if data.outputs == 2:
+            area = auc(logits[:, 1] - logits[:, 0], examples.targets)
+            if area is not None:
+                found["auc"] = area
+    return found

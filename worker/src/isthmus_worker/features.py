@@ -1,0 +1,196 @@
+"""From records to numbers: what a job's data section asks for, as the arrays that a model reads.
+
+Every refusal names the column and how many records are concerned, and never a value: its text goes to the service.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.wire.data import DataSpec, FeatureSpec, FeatureStatistics, Missing
+from isthmus_worker.data import Cell, Table, parse_number
+from isthmus_worker.refusals import DataRefused
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Records as a model reads them, in the order of the table."""
+
+    inputs: NDArray[np.float32]
+    """[rows, width]"""
+    targets: NDArray[Any]
+    """Classification: int64 [rows], 0 to classes - 1. Regression: float32 [rows, 1]."""
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def only(self, marks: NDArray[np.bool_]) -> "Examples":
+        """The marked rows."""
+        return Examples(inputs=self.inputs[marks], targets=self.targets[marks])
+
+
+def encode_inputs(table: Table, data: DataSpec, statistics: FeatureStatistics | None) -> NDArray[np.float32]:
+    """The input matrix [rows, data.width].
+
+    Columns follow the features as listed. A number is one column, (value - mean) / standard deviation of the whole
+    federation; only centred where the deviation is 0, and as it is with `standardize: none` or its own
+    `standardize: false`. Categories are one column each, in the order listed. With `missing: indicate` one more
+    column follows directly after the feature's own, 1 where the value was missing. A missing number becomes the
+    federation's mean, a missing category zeros.
+
+    Raises:
+        DataRefused: a column is missing or holds words, a value is missing or is no listed category where the job
+            refuses that, or a number is beyond float32.
+    """
+    inputs = np.zeros((table.rows, data.width), dtype=np.float32)
+    known = _by_name(data, statistics)
+    place = 0
+    for feature in data.features:
+        own = feature.width - (1 if feature.missing is Missing.INDICATE else 0)
+        if feature.categories is None:
+            values = number_column(table, feature)
+            absent = np.isnan(values)
+            inputs[:, place] = _as_float32(
+                _standardized(values, absent, feature, known.get(feature.name)), feature.name
+            )
+        else:
+            positions = _category_positions(table, feature, feature.categories)
+            absent = positions < 0
+            rows = np.flatnonzero(~absent)
+            inputs[rows, place + positions[rows]] = 1.0
+        if feature.missing is Missing.INDICATE:
+            inputs[:, place + own] = absent
+        place += feature.width
+    return inputs
+
+
+def number_column(table: Table, feature: FeatureSpec) -> NDArray[np.float64]:
+    """A column of numbers, NaN where the value is missing.
+
+    Raises:
+        DataRefused: there is no such column, it holds words, or values are missing and the job refuses that.
+    """
+    cells = _column(table, feature.name)
+    values = np.array([_number_or_nan(cell) for cell in cells], dtype=np.float64)
+    absent = sum(cell is None for cell in cells)
+    if words := int(np.isnan(values).sum()) - absent:
+        raise DataRefused(f"Column {feature.name!r} must hold numbers; {words} records have something else there.")
+    if absent and feature.missing is Missing.REFUSE:
+        raise DataRefused(f"Column {feature.name!r} has {absent} missing values; the job refuses them.")
+    return values
+
+
+def encode_targets(table: Table, data: DataSpec) -> NDArray[Any]:
+    """What is to be predicted, see `Examples.targets`.
+
+    Raises:
+        DataRefused: the column is missing, or some records hold nothing or something else than the job lists there.
+    """
+    cells = _column(table, data.target)
+    if absent := sum(cell is None for cell in cells):
+        raise DataRefused(f"The target {data.target!r} is missing in {absent} records.")
+    if data.task == "regression":
+        values = np.array([_number_or_nan(cell) for cell in cells], dtype=np.float64)
+        if words := int(np.isnan(values).sum()):
+            raise DataRefused(
+                f"The target {data.target!r} must hold numbers; {words} records have something else there."
+            )
+        return _as_float32(values, data.target).reshape(-1, 1)
+    if data.labels is not None:
+        places = {label: place for place, label in enumerate(data.labels)}
+        classes = np.array([places.get(text_of(cell), -1) for cell in cells], dtype=np.int64)
+        expected = "one of the job's labels"
+    else:
+        numbers = [_number_or_nan(cell) for cell in cells]
+        whole = [int(number) if number.is_integer() and 0 <= number < data.outputs else -1 for number in numbers]
+        classes = np.array(whole, dtype=np.int64)
+        expected = f"a whole number from 0 to {data.outputs - 1}"
+    if other := int((classes < 0).sum()):
+        raise DataRefused(
+            f"The target {data.target!r} must hold {expected}; {other} records have something else there."
+        )
+    return classes
+
+
+def strata(data: DataSpec, targets: NDArray[Any]) -> NDArray[np.int64]:
+    """The label of each row as far as holding out goes: the class, or one and the same for regression."""
+    if data.task == "regression":
+        return np.zeros(len(targets), dtype=np.int64)
+    return np.asarray(targets, dtype=np.int64)
+
+
+def require_rows(table: Table) -> None:
+    """Refuse a dataset without records."""
+    if table.rows == 0:
+        raise DataRefused("The dataset has no records.")
+
+
+def require_two_classes(data: DataSpec, targets: NDArray[Any]) -> None:
+    """Refuse to train a classifier where all records have the same target: it could only learn that answer."""
+    if data.task == "classification" and len(np.unique(targets)) < 2:
+        raise DataRefused(f"All records have the same target {data.target!r}: there is nothing to tell apart.")
+
+
+def text_of(cell: Cell) -> str:
+    """A cell as a category is written in a job: whole numbers without a point."""
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    return str(cell)
+
+
+def _column(table: Table, name: str) -> Any:
+    try:
+        return table.columns[name]
+    except KeyError:
+        raise DataRefused(f"The dataset has no column {name!r}.") from None
+
+
+def _number_or_nan(cell: Cell) -> float:
+    number = parse_number(cell)
+    return float("nan") if number is None else number
+
+
+def _category_positions(table: Table, feature: FeatureSpec, categories: tuple[str, ...]) -> NDArray[np.int64]:
+    """For each row, the place of its category among those listed; -1 where the value is missing."""
+    cells = _column(table, feature.name)
+    places = {category: place for place, category in enumerate(categories)}
+    positions = np.array([-1 if cell is None else places.get(text_of(cell), -2) for cell in cells], dtype=np.int64)
+    if unknown := int((positions == -2).sum()):
+        raise DataRefused(f"Column {feature.name!r} holds a category that the job does not list, in {unknown} records.")
+    if (absent := int((positions == -1).sum())) and feature.missing is Missing.REFUSE:
+        raise DataRefused(f"Column {feature.name!r} has {absent} missing values; the job refuses them.")
+    return positions
+
+
+def _by_name(data: DataSpec, statistics: FeatureStatistics | None) -> dict[str, tuple[float, float]]:
+    """Column -> (mean, standard deviation), empty with `standardize: none`."""
+    if data.standardize == "none":
+        return {}
+    names = [feature.name for feature in data.numbers()]
+    if statistics is None or statistics.names != names:
+        raise DataRefused("The federation's statistics are not those of the job's number columns.")
+    deviations = np.sqrt(np.asarray(statistics.variance, dtype=np.float64))
+    return {name: (mean, float(std)) for name, mean, std in zip(names, statistics.mean, deviations, strict=True)}
+
+
+def _standardized(
+    values: NDArray[np.float64], absent: NDArray[np.bool_], feature: FeatureSpec, known: tuple[float, float] | None
+) -> NDArray[np.float64]:
+    if known is None:
+        return values
+    mean, deviation = known
+    filled = np.where(absent, mean, values)
+    if not feature.standardize:
+        return filled
+    centred = filled - mean
+    return centred / deviation if deviation > 0 else centred
+
+
+def _as_float32(values: NDArray[np.float64], name: str) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32)
+    if not np.isfinite(narrow).all():
+        raise DataRefused(f"Column {name!r} holds numbers too large for float32 once standardized.")
+    return narrow

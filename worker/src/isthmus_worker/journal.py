@@ -1,0 +1,351 @@
+"""The worker's own account of what left: written before it leaves, on the disk before we go on.
+
+For one participation, round, model and job spec a worker noises once. The noised bytes are journalled (`prepared`); as
+soon as the service admits them, and before any of them is sent, the spend is (`released`); a receipt whose signature
+was verified ends it (`acknowledged`). Every later offer of the same round gets the same bytes. Only what was never
+released may be `discarded`, and then be computed anew.
+
+    prepared ──▶ released ──▶ acknowledged
+        └──────▶ discarded
+
+SQLite in WAL mode with synchronous=FULL: a transition that returned is on the disk. Files lie in `releases/` under
+names of their own; one without a row was never prepared, and is removed at the next start.
+"""
+
+import json
+import sqlite3
+import uuid
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+from isthmus.wire.rounds import TaskKind, TaskOffer, UpdateReceipt
+from isthmus_worker.files import digest_of_file, move_durably, sync_directory, sync_file
+from isthmus_worker.state import StateDir
+
+KEEP_BYTES: Final = timedelta(days=30)
+"""Noised bytes that nobody asked for any more are deleted after so long. Their row stays, and so does their spend."""
+
+
+class ReleaseState(StrEnum):
+    """Where a release stands."""
+
+    PREPARED = "prepared"
+    RELEASED = "released"
+    ACKNOWLEDGED = "acknowledged"
+    DISCARDED = "discarded"
+
+
+TRANSITIONS: Final[Mapping[ReleaseState, frozenset[ReleaseState]]] = MappingProxyType(
+    {
+        ReleaseState.RELEASED: frozenset({ReleaseState.PREPARED}),
+        ReleaseState.ACKNOWLEDGED: frozenset({ReleaseState.RELEASED}),
+        ReleaseState.DISCARDED: frozenset({ReleaseState.PREPARED}),
+    }
+)
+"""New state -> the states that it may be reached from."""
+
+SPENT: Final = frozenset({ReleaseState.RELEASED, ReleaseState.ACKNOWLEDGED})
+"""Something left, or may have left."""
+
+
+class ReleaseKey(NamedTuple):
+    """What is noised once."""
+
+    participation_id: str
+    round_number: int
+    model_digest: str
+    spec_digest: str
+    kind: TaskKind
+
+
+def key_of(offer: TaskOffer) -> ReleaseKey:
+    """The release that an offer is about, whatever its task id, attempt or fence."""
+    return ReleaseKey(
+        str(offer.participation_id), offer.round_number, offer.model.digest, offer.spec_digest, offer.kind
+    )
+
+
+@dataclass(frozen=True)
+class Release:
+    """One row of the journal."""
+
+    id: int
+    key: ReleaseKey
+    state: ReleaseState
+    job: str
+    dataset: str
+    task_id: str
+    """The task under which it was offered last."""
+    fence: int
+    digest: str
+    size_bytes: int
+    path: Path | None
+    """Where the bytes are; None: deleted."""
+
+
+class TransitionRefused(Exception):
+    """The journal does not allow that: a bug, or two agents on one journal."""
+
+    def __init__(self, release: Release, to: ReleaseState) -> None:
+        super().__init__(
+            f"release {release.id} cannot become {to.value}: it is not {' or '.join(sorted(TRANSITIONS[to]))}"
+        )
+
+
+class BytesDamaged(Exception):
+    """A file does not hold the bytes that were computed."""
+
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS releases (
+    id INTEGER PRIMARY KEY,
+    participation_id TEXT NOT NULL, round_number INTEGER NOT NULL,
+    model_digest TEXT NOT NULL, spec_digest TEXT NOT NULL,
+    kind TEXT NOT NULL CHECK (kind IN ('statistics', 'train', 'evaluate')),
+    state TEXT NOT NULL CHECK (state IN ('prepared', 'released', 'acknowledged', 'discarded')),
+    job TEXT NOT NULL, dataset TEXT NOT NULL, task_id TEXT NOT NULL, fence INTEGER NOT NULL,
+    digest TEXT NOT NULL, size_bytes INTEGER NOT NULL, file TEXT,
+    prepared_at TEXT NOT NULL, released_at TEXT, acknowledged_at TEXT, discarded_at TEXT, note TEXT, receipt TEXT
+) STRICT;
+CREATE UNIQUE INDEX IF NOT EXISTS one_release ON releases
+    (participation_id, round_number, model_digest, spec_digest, kind) WHERE state <> 'discarded';
+CREATE TABLE IF NOT EXISTS results (
+    participation_id TEXT NOT NULL, round_number INTEGER NOT NULL, kind TEXT NOT NULL, job TEXT NOT NULL,
+    dataset TEXT NOT NULL, metrics TEXT NOT NULL, at TEXT NOT NULL, PRIMARY KEY (participation_id, round_number, kind)
+) STRICT;
+"""
+_COLUMNS: Final = (
+    "id, participation_id, round_number, model_digest, spec_digest, kind, state, job, dataset, task_id, fence,"
+    " digest, size_bytes, file"
+)
+
+
+class Journal:
+    """The journal of one worker. Used by one thread; whoever opens it holds the state directory's lock."""
+
+    def __init__(self, state: StateDir, connection: sqlite3.Connection) -> None:
+        self._state = state
+        self._connection = connection
+
+    @classmethod
+    def open(cls, state: StateDir) -> "Journal":
+        """The journal of a state directory, made if need be."""
+        connection = sqlite3.connect(state.journal, isolation_level=None)
+        state.journal.chmod(0o600)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.executescript(_SCHEMA)
+        sync_directory(state.root)
+        return cls(state, connection)
+
+    @classmethod
+    def look_into(cls, state: StateDir) -> "Journal":
+        """The journal for reading only, also while an agent works with it.
+
+        Raises:
+            sqlite3.OperationalError: there is none yet.
+        """
+        return cls(
+            state, sqlite3.connect(f"{state.journal.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        )
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._connection.close()
+
+    def recover(self) -> None:
+        """Put in order what a killed agent may have left: files without a row, and bytes that are no longer needed.
+
+        A prepared release whose bytes are gone was never released: it is discarded. A released one stays what it is.
+        """
+        self._drop_bytes("state = 'acknowledged'")
+        cutoff = (datetime.now(UTC) - KEEP_BYTES).isoformat()
+        for release in self._releases("state = 'prepared' AND prepared_at < ?", cutoff):
+            self.discard(release, "never admitted")
+        self._drop_bytes("state = 'released' AND released_at < ?", cutoff)
+        for release in self._releases("state IN ('prepared', 'released') AND file IS NOT NULL"):
+            if release.path is not None and not release.path.exists():
+                if release.state is ReleaseState.PREPARED:
+                    self.discard(release, "its bytes are gone")
+                else:
+                    self._connection.execute("UPDATE releases SET file = NULL WHERE id = ?", (release.id,))
+        known = {str(row[0]) for row in self._connection.execute("SELECT file FROM releases WHERE file IS NOT NULL")}
+        for path in self._state.releases.iterdir():
+            if path.name not in known:
+                path.unlink()
+
+    def find(self, key: ReleaseKey) -> Release | None:
+        """What was noised for `key`, unless it was discarded."""
+        found = self._releases(
+            "participation_id = ? AND round_number = ? AND model_digest = ? AND spec_digest = ? AND kind = ?"
+            " AND state <> 'discarded'",
+            *key,
+        )
+        return found[0] if found else None
+
+    def prepare(
+        self, offer: TaskOffer, draft: Path, *, digest: str, size_bytes: int, metrics: Mapping[str, float]
+    ) -> Release:
+        """Take over the noised bytes in `draft`, and the results that stay here. Nothing has left yet.
+
+        Raises:
+            BytesDamaged: the file does not hold what the child says.
+            sqlite3.IntegrityError: this was noised before.
+        """
+        if digest_of_file(draft) != (digest, size_bytes):
+            raise BytesDamaged(f"{draft} does not hold the bytes that the training process named")
+        key, name = key_of(offer), f"{uuid.uuid4().hex}.safetensors"
+        sync_file(draft)
+        move_durably(draft, self._state.releases / name)
+        now = _now()
+        with _Transaction(self._connection) as connection:
+            connection.execute(
+                "INSERT INTO releases (participation_id, round_number, model_digest, spec_digest, kind, state,"
+                " job, dataset, task_id, fence, digest, size_bytes, file, prepared_at)"
+                " VALUES (?, ?, ?, ?, ?, 'prepared', ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*key, offer.job, offer.dataset, str(offer.task_id), offer.fence, digest, size_bytes, name, now),
+            )
+            if metrics:
+                connection.execute(
+                    "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        key.participation_id,
+                        key.round_number,
+                        key.kind,
+                        offer.job,
+                        offer.dataset,
+                        json.dumps(dict(metrics)),
+                        now,
+                    ),
+                )
+        release = self.find(key)
+        assert release is not None
+        return release
+
+    def readdress(self, release: Release, offer: TaskOffer) -> Release:
+        """Note the task under which the same bytes are offered now."""
+        self._connection.execute(
+            "UPDATE releases SET task_id = ?, fence = ? WHERE id = ?", (str(offer.task_id), offer.fence, release.id)
+        )
+        return self._releases("id = ?", release.id)[0]
+
+    def mark_released(self, release: Release) -> None:
+        """Record the spend. To be called when the service has admitted the bytes and before any of them is sent."""
+        self._advance(release, ReleaseState.RELEASED, released_at=_now())
+
+    def mark_acknowledged(self, release: Release, receipt: UpdateReceipt) -> None:
+        """Keep a receipt whose signature was verified; the bytes are not needed any more."""
+        self._advance(release, ReleaseState.ACKNOWLEDGED, acknowledged_at=_now(), receipt=receipt.model_dump_json())
+        self._drop_bytes("id = ?", release.id)
+
+    def discard(self, release: Release, note: str) -> None:
+        """Forget bytes that were never released: nothing left, nothing is spent."""
+        self._advance(release, ReleaseState.DISCARDED, discarded_at=_now(), note=note)
+        self._drop_bytes("id = ?", release.id)
+
+    def retire_before(self, participation_id: str, round_number: int) -> None:
+        """A later round is on: what earlier ones left unsent is discarded, and their bytes are deleted. Spends stay."""
+        earlier = "participation_id = ? AND round_number < ?"
+        for release in self._releases(f"{earlier} AND state = 'prepared'", participation_id, round_number):
+            self.discard(release, "its round is over")
+        self._drop_bytes(f"{earlier} AND state = 'released'", participation_id, round_number)
+
+    def open_releases(self) -> list[Release]:
+        """What was noised and is neither acknowledged nor discarded, and has its bytes."""
+        return self._releases("state IN ('prepared', 'released') AND file IS NOT NULL")
+
+    def ledger_objections(self, offer: TaskOffer, max_rounds: int) -> list[str]:
+        """Why this account of ours does not allow a release for `offer`; empty if it does.
+
+        A round is noised for one model only: an offer of the same round with another model or spec would have the same
+        records noised again. And no more rounds are released than the grant and our own policy say.
+        """
+        key, found = key_of(offer), []
+        spent = self._releases("participation_id = ? AND state IN ('released', 'acknowledged')", key.participation_id)
+        if any(one.key != key and one.key.round_number == key.round_number for one in spent):
+            found.append(f"Round {key.round_number} was released before, for another model or another spec.")
+        mine = self.find(key)
+        if mine is not None and mine.path is None:
+            found.append(f"Round {key.round_number} was released before, and its bytes are no longer held.")
+        rounds = {one.key.round_number for one in spent if one.key.kind is TaskKind.TRAIN} - {key.round_number}
+        allowed = min(max_rounds, offer.grant_rounds)
+        if key.kind is TaskKind.TRAIN and len(rounds) >= allowed:
+            found.append(f"max_rounds: {len(rounds)} rounds were released for this grant; at most {allowed} pass.")
+        return found
+
+    def counts(self) -> dict[str, int]:
+        """Number of releases by state."""
+        rows = self._connection.execute("SELECT state, count(*) FROM releases GROUP BY state").fetchall()
+        return {state.value: 0 for state in ReleaseState} | {str(state): int(number) for state, number in rows}
+
+    def results(self, job: str | None = None) -> list[dict[str, Any]]:
+        """What was measured here, oldest first."""
+        rows = self._connection.execute(
+            "SELECT job, dataset, round_number, kind, metrics, at FROM results WHERE ? IS NULL OR job = ?"
+            " ORDER BY at, round_number",
+            (job, job),
+        ).fetchall()
+        names = ("job", "dataset", "round_number", "kind", "metrics", "at")
+        return [dict(zip(names, (*row[:4], json.loads(row[4]), row[5]), strict=True)) for row in rows]
+
+    def _advance(self, release: Release, to: ReleaseState, **columns: str) -> None:
+        places = ", ".join(f"{name} = ?" for name in columns)
+        sources = sorted(TRANSITIONS[to])
+        marks = ", ".join("?" for _ in sources)
+        changed = self._connection.execute(
+            f"UPDATE releases SET state = ?, {places} WHERE id = ? AND state IN ({marks})",  # noqa: S608 - our own names
+            (to, *columns.values(), release.id, *sources),
+        )
+        if changed.rowcount != 1:
+            raise TransitionRefused(release, to)
+
+    def _drop_bytes(self, where: str, *values: Any) -> None:
+        for release in self._releases(f"({where}) AND file IS NOT NULL", *values):
+            if release.path is not None:
+                release.path.unlink(missing_ok=True)
+            self._connection.execute("UPDATE releases SET file = NULL WHERE id = ?", (release.id,))
+
+    def _releases(self, where: str, *values: Any) -> list[Release]:
+        with closing(
+            self._connection.execute(f"SELECT {_COLUMNS} FROM releases WHERE {where} ORDER BY id", values)  # noqa: S608
+        ) as rows:
+            return [self._release(row) for row in rows]
+
+    def _release(self, row: tuple[Any, ...]) -> Release:
+        number, *key, state, job, dataset, task_id, fence, digest, size_bytes, file = row
+        return Release(
+            id=number,
+            key=ReleaseKey(key[0], key[1], key[2], key[3], TaskKind(key[4])),
+            state=ReleaseState(state),
+            job=job,
+            dataset=dataset,
+            task_id=task_id,
+            fence=fence,
+            digest=digest,
+            size_bytes=size_bytes,
+            path=self._state.releases / file if file is not None else None,
+        )
+
+
+class _Transaction:
+    """BEGIN IMMEDIATE … COMMIT, or ROLLBACK."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> sqlite3.Connection:
+        self._connection.execute("BEGIN IMMEDIATE")
+        return self._connection
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._connection.execute("COMMIT" if kind is None else "ROLLBACK")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()

@@ -1,0 +1,315 @@
+"""The agent: claims tasks, checks them, has them done, and hands in what may leave. One task at a time."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, TypeVar
+
+from isthmus.client import BadResponse, Client, IsthmusError, NoWork, Refused, TimedOut, Unreachable
+from isthmus.wire.datasets import AnnounceDataset
+from isthmus.wire.problems import ProblemCode
+from isthmus.wire.rounds import ClaimTask, FailTask, RefuseTask, TaskOffer
+from isthmus_worker.files import digest_of_file
+from isthmus_worker.heart import Heart
+from isthmus_worker.journal import BytesDamaged, Journal, Release, key_of
+from isthmus_worker.messages import Work
+from isthmus_worker.offers import contradictions, needs_model
+from isthmus_worker.policy import objections, resource_objections
+from isthmus_worker.release import HandedIn, ReceiptInvalid, backoff_s, hand_in
+from isthmus_worker.settings import DatasetSettings, Settings
+from isthmus_worker.state import Credentials, StateDir
+from isthmus_worker.trainer import Trainer, WorkCancelled, WorkFailed, WorkRefused
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+WAIT_S: Final = 30
+"""Length of a long poll for work."""
+MODELS_KEPT: Final = 3
+LONGEST_REASON: Final = 1000
+
+KEY_REFUSED: Final = frozenset(
+    {ProblemCode.UNAUTHENTICATED, ProblemCode.KEY_EXPIRED, ProblemCode.KEY_REVOKED, ProblemCode.FORBIDDEN}
+)
+
+
+class Outcome(StrEnum):
+    """What a step came to."""
+
+    IDLE = "idle"
+    SUBMITTED = "submitted"
+    REFUSED = "refused"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    KEPT = "kept"  # the upload waits for the round's next offer
+
+
+class KeyRefused(Exception):
+    """The service does not know this worker any more."""
+
+    def __init__(self, refusal: Refused) -> None:
+        super().__init__(
+            f"The service refuses this worker's key: {refusal.detail} [{refusal.code}]. "
+            "Ask a steward of your organization for a new enrolment token, and enrol again with a new state directory."
+        )
+
+
+class NothingToServe(Exception):
+    """None of the configured datasets can be served."""
+
+    def __init__(self) -> None:
+        super().__init__("None of the configured datasets can be served; the lines above say why.")
+
+
+@dataclass
+class Agent:
+    """What the agent works with. Its own process holds no record and no array."""
+
+    settings: Settings
+    state: StateDir
+    credentials: Credentials
+    client: Client
+    journal: Journal
+    trainer: Trainer
+    sleep: Callable[[float], None] = time.sleep
+    _served: list[str] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Announce the datasets, settle what an earlier run left, then work until something stops us.
+
+        Raises:
+            KeyRefused: the service does not know us any more.
+            NothingToServe: no dataset can be read, or all are served by other workers.
+        """
+        self.journal.recover()
+        self._patiently(self.settle)
+        self.announce()
+        log.info("ready", extra={"datasets": ",".join(self._served), "service": self.settings.service_url})
+        while True:
+            self._patiently(self.step)
+
+    def announce(self) -> None:
+        """Tell the service which columns and how many records each dataset has. A child reads them; we never do."""
+        self._served = []
+        for dataset in self.settings.datasets:
+            try:
+                found = self.trainer.describe(dataset)
+            except (WorkRefused, WorkFailed) as error:
+                log.error(
+                    "dataset cannot be read",
+                    extra={"dataset": dataset.name, "reason": str(error), "where": error.where},
+                )
+                continue
+            body = AnnounceDataset(data_schema=found.data_schema, rows=found.rows, description=dataset.description)
+            if self._patiently(lambda name=dataset.name, body=body: self._announced(name, body)):  # type: ignore[misc]  # bound now
+                self._served.append(dataset.name)
+        self.trainer.stop()
+        if not self._served:
+            raise NothingToServe
+
+    def settle(self) -> None:
+        """Hand in what an earlier run noised: its leases may still be held, or only the receipt was lost."""
+        for release in self.journal.open_releases():
+            outcome, reason = self._hand_in(release)
+            log.info(
+                "settled",
+                extra={"job": release.job, "round": release.key.round_number, "outcome": outcome, "reason": reason},
+            )
+
+    def step(self, wait_s: int = WAIT_S) -> Outcome:
+        """Wait for one task and see it through.
+
+        Raises:
+            KeyRefused: the service does not know us any more.
+            Unreachable, TimedOut, BadResponse: it cannot be asked for work now.
+        """
+        offer = self._claim(self._poll_s(wait_s))
+        if isinstance(offer, NoWork):
+            self._end_idle_child()
+            return Outcome.IDLE
+        began = time.monotonic()
+        outcome = self.serve(offer)
+        took_s = round(time.monotonic() - began, 3)
+        log.info("task over", extra={**_words(offer), "outcome": outcome, "took_s": took_s})
+        return outcome
+
+    def serve(self, offer: TaskOffer) -> Outcome:
+        """See one offer through: check, compute unless it was computed before, hand in."""
+        self.journal.retire_before(str(offer.participation_id), offer.round_number)
+        if found := self._objections(offer):
+            return self._refuse(offer, " ".join(found))
+        dataset = self.settings.dataset(offer.dataset)
+        assert dataset is not None, "an offer for another dataset was refused above"
+        with Heart(self.client, offer, self.settings.resources.max_silence_s) as heart:
+            release = self.journal.find(key_of(offer))
+            if release is not None:
+                release = self.journal.readdress(release, offer)
+                log.info("same bytes again", extra=_words(offer))
+            else:
+                try:
+                    release = self._compute(offer, dataset, heart)
+                except WorkRefused as refusal:
+                    return self._refuse(offer, str(refusal), refusal.where)
+                except WorkFailed as failure:
+                    return self._fail(offer, str(failure), failure.where)
+                except WorkCancelled:
+                    log.info("task cancelled", extra={**_words(offer), "reason": heart.lost})
+                    return Outcome.CANCELLED
+            outcome, reason = self._hand_in(release, heart.alive)
+        if outcome is HandedIn.ACKNOWLEDGED:
+            return Outcome.SUBMITTED
+        log.warning("upload refused", extra={**_words(offer), "reason": reason, "bytes": outcome})
+        return Outcome.REFUSED if outcome is HandedIn.DISCARDED else Outcome.KEPT
+
+    def _objections(self, offer: TaskOffer) -> list[str]:
+        found = contradictions(offer, organization=self.credentials.organization, datasets=self._served)
+        found += objections(self.settings.policy, offer)
+        found += resource_objections(self.settings.resources, offer)
+        return found + self.journal.ledger_objections(offer, self.settings.policy.max_rounds)
+
+    def _compute(self, offer: TaskOffer, dataset: DatasetSettings, heart: Heart) -> Release:
+        self.trainer.warm()
+        model_path = self._model(offer, heart) if needs_model(offer) else None
+        draft = self.state.scratch / "upload.safetensors"
+        draft.unlink(missing_ok=True)
+        order = Work(
+            number=0,
+            offer=offer,
+            dataset=dataset,
+            model_path=model_path,
+            upload_path=draft,
+            holdout_key=self.state.holdout_key().hex(),
+            entry_points=self.settings.policy.entry_points,
+        )
+        done = self.trainer.work(order, heart.alive, lambda: heart.lost is not None)
+        heart.alive(1.0)
+        try:
+            return self.journal.prepare(
+                offer, draft, digest=done.digest, size_bytes=done.size_bytes, metrics=done.metrics
+            )
+        except (BytesDamaged, FileNotFoundError) as error:
+            raise WorkFailed("The training process left another file than it said.", where=str(error)) from error
+
+    def _model(self, offer: TaskOffer, heart: Heart) -> Path:
+        """The round's model as a file whose digest was checked, from the cache if it is there."""
+        path = self.state.models / f"{offer.model.digest}.safetensors"
+        if path.exists() and digest_of_file(path)[0] == offer.model.digest:
+            path.touch()
+            return path
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                self.client.tasks.download_model(offer.model, path, progress=lambda _done, _all: heart.alive(0.0))
+            except (Unreachable, TimedOut) as error:
+                if heart.lost is not None:
+                    raise WorkCancelled from error
+                log.warning("model not fetched yet", extra={**_words(offer), "reason": str(error)})
+                self.sleep(backoff_s(attempt))
+            except (Refused, BadResponse) as error:
+                raise WorkFailed("The round's model cannot be fetched.", where=str(error)) from error
+            else:
+                break
+        for old in sorted(self.state.models.iterdir(), key=lambda one: one.stat().st_mtime, reverse=True)[MODELS_KEPT:]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def _hand_in(self, release: Release, on_progress: Callable[[], None] = lambda: None) -> tuple[HandedIn, str]:
+        try:
+            return hand_in(
+                self.client,
+                self.journal,
+                release,
+                service_public_key=self.credentials.service_public_key,
+                sleep=self.sleep,
+                on_progress=on_progress,
+            )
+        except ReceiptInvalid as error:
+            log.error("receipt not valid", extra={"job": release.job, "task": release.task_id, "reason": str(error)})
+            return HandedIn.KEPT, str(error)
+
+    def _claim(self, wait_s: int) -> TaskOffer | NoWork:
+        began = time.monotonic()
+        try:
+            offer = self.client.tasks.claim(ClaimTask(datasets=tuple(self._served)), wait_s=wait_s)
+        except Refused as refusal:
+            if refusal.code in KEY_REFUSED:
+                raise KeyRefused(refusal) from refusal
+            raise
+        self.state.note_contact()
+        if isinstance(offer, NoWork):
+            waited_s = time.monotonic() - began
+            self.sleep(max(offer.retry_after_s, 0.0 if waited_s > min(1, wait_s) / 2 else 1.0))
+        return offer
+
+    def _poll_s(self, wait_s: int) -> int:
+        """Not longer than until the child has been idle for long enough."""
+        idle_s = self.trainer.idle_s()
+        if idle_s is None:
+            return wait_s
+        return max(1, min(wait_s, round(self.settings.resources.idle_s - idle_s)))
+
+    def _end_idle_child(self) -> None:
+        idle_s = self.trainer.idle_s()
+        if idle_s is not None and idle_s >= self.settings.resources.idle_s:
+            self.trainer.stop()
+
+    def _announced(self, name: str, body: AnnounceDataset) -> bool:
+        try:
+            view = self.client.datasets.announce(name, body)
+        except Refused as refusal:
+            if refusal.code in KEY_REFUSED:
+                raise KeyRefused(refusal) from refusal
+            if refusal.code in (ProblemCode.NOT_READY, ProblemCode.TOO_MANY_REQUESTS, ProblemCode.INTERNAL):
+                raise
+            log.error("dataset refused", extra={"dataset": name, "reason": refusal.detail})
+            return False
+        self.state.note_contact()
+        log.info("dataset announced", extra={"dataset": name, "rows": body.rows, "state": view.state})
+        return True
+
+    def _refuse(self, offer: TaskOffer, reason: str, where: str = "") -> Outcome:
+        log.warning("task refused", extra={**_words(offer), "reason": reason, "where": where})
+        body = RefuseTask(fence=offer.fence, reason=reason[:LONGEST_REASON])
+        self._tell(lambda: self.client.tasks.refuse(offer.task_id, body), offer)
+        return Outcome.REFUSED
+
+    def _fail(self, offer: TaskOffer, reason: str, where: str = "") -> Outcome:
+        log.error("task failed", extra={**_words(offer), "reason": reason, "where": where})
+        body = FailTask(fence=offer.fence, reason=reason[:LONGEST_REASON])
+        self._tell(lambda: self.client.tasks.fail(offer.task_id, body), offer)
+        return Outcome.FAILED
+
+    def _tell(self, call: Callable[[], object], offer: TaskOffer) -> None:
+        """Say it once; if that does not arrive, the lease ends and tells the same."""
+        try:
+            call()
+        except IsthmusError as error:
+            log.warning("not told", extra={**_words(offer), "reason": str(error)})
+
+    def _patiently(self, call: Callable[[], Answer]) -> Answer:
+        """Call until the service answers: it may be restarted at any time."""
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return call()
+            except (Unreachable, TimedOut, BadResponse, Refused) as error:
+                wait_s = max(backoff_s(attempt), (error.retry_after_s or 0.0) if isinstance(error, Refused) else 0.0)
+                log.warning("service not available", extra={"reason": str(error), "again_in_s": round(wait_s, 1)})
+                self._end_idle_child()
+                self.sleep(wait_s)
+
+
+def _words(offer: TaskOffer) -> dict[str, object]:
+    return {
+        "job": offer.job,
+        "round": offer.round_number,
+        "kind": offer.kind,
+        "dataset": offer.dataset,
+        "task": offer.task_id,
+    }

@@ -1,0 +1,109 @@
+"""What the agent and its training process say to each other: JSON lines over the child's standard input and output."""
+
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from isthmus.wire.base import Finite
+from isthmus.wire.data import DatasetSchema
+from isthmus.wire.models import EntryPoint
+from isthmus.wire.rounds import TaskOffer
+from isthmus_worker.settings import DatasetSettings
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Warm(_Message):
+    """Import torch now: work is about to come."""
+
+    order: Literal["warm"] = "warm"
+
+
+class Describe(_Message):
+    """Tell the columns and the number of records of a dataset."""
+
+    order: Literal["describe"] = "describe"
+    dataset: DatasetSettings
+
+
+class Work(_Message):
+    """Do a task whose offer the agent has checked."""
+
+    order: Literal["work"] = "work"
+    number: int
+    """Counts the orders of one child, so that a cancellation finds the right one."""
+    offer: TaskOffer
+    dataset: DatasetSettings
+    model_path: Path | None
+    """None: the task needs no model."""
+    upload_path: Path
+    holdout_key: str
+    """In hexadecimal."""
+    entry_points: tuple[EntryPoint, ...]
+    """Model functions that this organization allows."""
+
+
+class Cancel(_Message):
+    """Stop working on this order."""
+
+    order: Literal["cancel"] = "cancel"
+    number: int
+
+
+class Alive(_Message):
+    """Said by the thread that works, as it works."""
+
+    answer: Literal["alive"] = "alive"
+    progress: float = 0.0
+
+
+class Described(_Message):
+    """What a dataset holds: no values."""
+
+    answer: Literal["described"] = "described"
+    data_schema: DatasetSchema
+    rows: int
+
+
+class Done(_Message):
+    """The upload is on the disk."""
+
+    answer: Literal["done"] = "done"
+    digest: str
+    size_bytes: int
+    metrics: dict[str, Finite]
+    """What was measured, whether or not it is part of the upload."""
+
+
+class Refusal(_Message):
+    """The data cannot serve this task: that will not change within the round."""
+
+    answer: Literal["refusal"] = "refusal"
+    reason: str
+    """For the service: names columns and counts, never a value."""
+    where: str = ""
+    """For the log of this worker."""
+
+
+class Failure(_Message):
+    """The work broke."""
+
+    answer: Literal["failure"] = "failure"
+    reason: str
+    where: str = ""
+
+
+class Cancelled(_Message):
+    """Stopped as asked."""
+
+    answer: Literal["cancelled"] = "cancelled"
+
+
+Order = Warm | Describe | Work | Cancel
+Answer = Alive | Described | Done | Refusal | Failure | Cancelled
+
+ORDERS: Final[TypeAdapter[Order]] = TypeAdapter(Annotated[Order, Field(discriminator="order")])
+ANSWERS: Final[TypeAdapter[Answer]] = TypeAdapter(Annotated[Answer, Field(discriminator="answer")])

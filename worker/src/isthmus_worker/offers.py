@@ -1,0 +1,49 @@
+"""Whether an offer agrees with itself. The service is not trusted: what it says is computed again from the spec."""
+
+from collections.abc import Collection
+
+from isthmus.wire.base import digest_of
+from isthmus.wire.rounds import TaskKind, TaskOffer, kind_of_round, task_manifest
+
+
+def contradictions(offer: TaskOffer, *, organization: str, datasets: Collection[str]) -> list[str]:
+    """What in `offer` does not fit together, one sentence each; empty if all does.
+
+    `organization` is ours, `datasets` are those that this worker serves.
+    """
+    spec, found = offer.spec, []
+    if offer.organization != organization or offer.dataset not in datasets:
+        found.append(f"The task is for {offer.organization}/{offer.dataset}, which this worker does not serve.")
+    if digest_of(spec) != offer.spec_digest:
+        found.append("The job's spec does not have the digest that the offer names.")
+    if (
+        not 0 <= offer.round_number <= spec.rounds + 1
+        or kind_of_round(offer.round_number, spec.rounds) is not offer.kind
+    ):
+        found.append(f"Round {offer.round_number} of {spec.rounds} is not one of kind {offer.kind.value!r}.")
+    if offer.kind is TaskKind.STATISTICS and spec.data.standardize != "federated":
+        found.append("The job asks for no statistics.")
+    if spec.model.layers is not None and offer.model_manifest != spec.model.plan(spec.data.input_shape).manifest:
+        found.append("The model's manifest is not that of the job's layers.")
+    if offer.upload_manifest != task_manifest(offer.kind, spec, offer.round_number, offer.model_manifest):
+        found.append("The upload's manifest is not what the job's spec makes of this task.")
+    if needs_statistics(offer):
+        statistics = offer.statistics
+        names = [feature.name for feature in spec.data.numbers()]
+        if statistics is None or not len(statistics.mean) == len(statistics.variance) == len(names) == len(
+            statistics.names
+        ):
+            found.append("The federation's statistics are missing, or not those of the job's number columns.")
+        elif statistics.names != names or min(statistics.variance, default=0.0) < 0:
+            found.append("The federation's statistics are not those of the job's number columns.")
+    return found
+
+
+def needs_model(offer: TaskOffer) -> bool:
+    """Whether the task starts from the round's model."""
+    return offer.kind is not TaskKind.STATISTICS
+
+
+def needs_statistics(offer: TaskOffer) -> bool:
+    """Whether the task standardizes with what the federation found."""
+    return offer.kind is not TaskKind.STATISTICS and offer.spec.data.standardize == "federated"

@@ -1,0 +1,43 @@
+"""Which rows are held out of training and kept for measuring. The same ones for all rounds, jobs and statistics."""
+
+import hmac
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def held_out(labels: NDArray[np.int64], fingerprints: Sequence[bytes], share: float, key: bytes) -> NDArray[np.bool_]:
+    """Mark the rows that are never trained on.
+
+    Of each label's rows, the first floor(share * n) are held out in the order of HMAC-SHA-256(key, fingerprint).
+
+    Args:
+        labels: one whole number a row; for regression, all alike.
+        fingerprints: one a row, over the whole record (`isthmus_worker.data.fingerprint`).
+        share: the part to hold out, 0 <= share < 1, taken as the decimal number that is written.
+        key: a secret of this worker, so that nobody who knows a record can tell whether it was trained on.
+
+    Returns:
+        One mark a row, True where it is held out.
+
+    Guarantees:
+        a label keeps at least one row for training;
+        rows held out with a smaller share are held out with a larger one, while the data stays the same;
+        reordering the records does not change which *records* are held out.
+
+    Edge cases:
+        equal records have equal hashes; those that come first in the table go first;
+        a label with fewer than 1 / share rows has none held out: training goes before measuring.
+    """
+    marks = np.zeros(len(labels), dtype=np.bool_)
+    if share == 0:
+        return marks
+    order = [hmac.digest(key, one, "sha256") for one in fingerprints]
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label).tolist()
+        rows.sort(key=lambda row: (order[row], row))
+        marks[rows[: math.floor(Fraction(str(share)) * len(rows))]] = True
+    return marks

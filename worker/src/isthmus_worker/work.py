@@ -1,0 +1,191 @@
+"""One task, from the records to the bytes that may leave. Runs in the child; the agent only ever sees the result."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from isthmus.codec.arrays import read, types_of, write
+from isthmus.codec.errors import CodecError
+from isthmus.codec.header import Header, check_manifest
+from isthmus.federation.cohort import round_seed
+from isthmus.privacy.clipping import NonFiniteUpdate
+from isthmus.torch import ArraysMisfit, UnsupportedTensor, load_arrays, to_arrays
+from isthmus.wire.base import digest_of
+from isthmus.wire.manifest import DType, Manifest, update_manifest
+from isthmus.wire.rounds import METRICS_PREFIX, TaskKind, TaskOffer, evaluates_in_round
+from isthmus_worker.data import Table, open_source
+from isthmus_worker.determinism import settle
+from isthmus_worker.evaluation import NotMeasurable, evaluate
+from isthmus_worker.features import Examples, encode_inputs, encode_targets, require_rows, require_two_classes, strata
+from isthmus_worker.measuring import measure_columns
+from isthmus_worker.messages import Done, Work
+from isthmus_worker.modules import module_of
+from isthmus_worker.protection import protect
+from isthmus_worker.refusals import WorkBroken
+from isthmus_worker.splitting import held_out
+from isthmus_worker.training import train
+
+Tell = Callable[[float], None]
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A dataset as one job sees it, in two parts that share no row."""
+
+    training: Examples
+    holdout: Examples
+
+
+@dataclass
+class Desk:
+    """What the child keeps between tasks: the last dataset, encoded. Never a model, an optimizer or a generator."""
+
+    _key: str | None = None
+    _split: Split | None = field(default=None, repr=False)
+
+    def split(self, order: Work) -> Split:
+        """The encoded dataset of a training or evaluation task, from memory if neither data nor job changed."""
+        stamp = open_source(order.dataset.source).stamp()
+        key = _key_of(order, stamp) if stamp is not None else None
+        if self._split is None or key is None or key != self._key:
+            self._key, self._split = None, None  # not two datasets in memory at once
+            self._split = _load_split(order)
+            self._key = key
+        return self._split
+
+    def perform(self, order: Work, tell: Tell) -> Done:
+        """Do a task and write its upload, durably, to `order.upload_path`.
+
+        Raises:
+            DataRefused: the data cannot serve it.
+            ModelRefused: the model cannot be built here.
+            WorkBroken: it went wrong.
+        """
+        offer = order.offer
+        settle(_seed(offer), offer.spec.training.threads)
+        tell(0.0)
+        try:
+            if offer.kind is TaskKind.STATISTICS:
+                tensors, metrics = _measure(order), dict[str, float]()
+            elif offer.kind is TaskKind.TRAIN:
+                tensors, metrics = _train(order, self, tell)
+            else:
+                tensors, metrics = {}, _holdout_metrics(_model(order)[0], self.split(order), offer, tell)
+        except NotMeasurable:
+            raise WorkBroken("The model's loss on the held-out records is NaN or infinite: it has diverged.") from None
+        except NonFiniteUpdate:
+            raise WorkBroken(
+                "Training diverged: the update holds NaN or an infinity. A smaller learning rate helps."
+            ) from None
+        tensors.update(_released(metrics, offer.upload_manifest))
+        return _composed(tensors, order, metrics)
+
+
+def _key_of(order: Work, stamp: str) -> str:
+    statistics = order.offer.statistics
+    return digest_of(
+        {
+            "dataset": order.dataset.model_dump(mode="json"),
+            "stamp": stamp,
+            "data": order.offer.spec.data.model_dump(mode="json"),
+            "statistics": statistics.model_dump(mode="json") if statistics is not None else None,
+            "holdout": order.offer.spec.evaluation.holdout,
+        }
+    )
+
+
+def _train(order: Work, desk: Desk, tell: Tell) -> tuple[Arrays, dict[str, float]]:
+    offer, metrics = order.offer, dict[str, float]()
+    spec = offer.spec
+    split = desk.split(order)
+    require_two_classes(spec.data, np.concatenate([split.training.targets, split.holdout.targets]))
+    model, before = _model(order)
+    if evaluates_in_round(spec, offer.round_number):
+        metrics.update(_holdout_metrics(model, split, offer, tell))
+    seed = _seed(offer)
+    settle(seed, spec.training.threads)  # again: neither building the model nor measuring it may move the generators
+    metrics["train/loss"] = train(
+        model, split.training, spec.training, record_shape=spec.data.input_shape, seed=seed, tell=tell
+    )
+    metrics["train/examples"] = float(len(split.training))
+    if not np.isfinite(metrics["train/loss"]):
+        raise WorkBroken("Training diverged: the loss is NaN or infinite. A smaller learning rate helps.")
+    update = difference(to_arrays(model), before, offer.model_manifest)
+    return protect(update, spec.privacy), metrics
+
+
+def _seed(offer: TaskOffer) -> str:
+    return round_seed(offer.job_seed, offer.round_number, offer.organization, offer.dataset)
+
+
+def _holdout_metrics(model: nn.Module, split: Split, offer: TaskOffer, tell: Tell) -> dict[str, float]:
+    found = evaluate(model, split.holdout, offer.spec.data, offer.spec.training.loss, lambda: tell(0.0))
+    return {f"holdout/{name}": value for name, value in found.items()}
+
+
+def _measure(order: Work) -> Arrays:
+    table, _targets, holdout = _load(order)
+    return measure_columns(table, order.offer.spec.data, ~holdout)
+
+
+def difference(after: Mapping[str, NDArray[Any]], before: Mapping[str, NDArray[Any]], model: Manifest) -> Arrays:
+    """Trained minus round model, tensor by tensor, for the tensors that rounds average; the others stay home."""
+    return {
+        name: (after[name].astype(wide) - before[name].astype(wide))
+        for name, spec in update_manifest(model).tensors.items()
+        for wide in (np.float64 if spec.dtype is DType.F64 else np.float32,)
+    }
+
+
+def _model(order: Work) -> tuple[nn.Module, Arrays]:
+    assert order.model_path is not None, "the agent fetches the model of every task that needs one"
+    try:
+        arrays = read(order.model_path, order.offer.model_manifest)
+        model = module_of(order.offer.spec.model, order.entry_points)
+        load_arrays(model, arrays)
+    except (CodecError, ArraysMisfit, UnsupportedTensor) as error:
+        raise WorkBroken(f"The round's model does not fit the job's: {error}") from None
+    return model, arrays
+
+
+def _load(order: Work) -> tuple[Table, NDArray[Any], NDArray[np.bool_]]:
+    """All records of the dataset, their targets, and which of them are held out."""
+    spec = order.offer.spec
+    table = open_source(order.dataset.source).load(spec.data.columns())
+    require_rows(table)
+    targets = encode_targets(table, spec.data)
+    key = bytes.fromhex(order.holdout_key)
+    return table, targets, held_out(strata(spec.data, targets), table.fingerprints, spec.evaluation.holdout, key)
+
+
+def _load_split(order: Work) -> Split:
+    spec = order.offer.spec
+    table, targets, holdout = _load(order)
+    examples = Examples(inputs=encode_inputs(table, spec.data, order.offer.statistics), targets=targets)
+    return Split(training=examples.only(~holdout), holdout=examples.only(holdout))
+
+
+def _released(metrics: Mapping[str, float], manifest: Manifest) -> Arrays:
+    """The measures that the manifest asks for; the rest stays with the worker."""
+    asked = manifest.tensors.keys()
+    return {
+        f"{METRICS_PREFIX}{name}": np.array(value, dtype=np.float64)
+        for name, value in metrics.items()
+        if f"{METRICS_PREFIX}{name}" in asked
+    }
+
+
+def _composed(tensors: Arrays, order: Work, metrics: dict[str, float]) -> Done:
+    """Write exactly what the manifest names, and nothing else."""
+    try:
+        check_manifest(Header(types_of(tensors)), order.offer.upload_manifest)
+    except CodecError as error:
+        raise WorkBroken(f"The result is not what the task's manifest names: {error}") from None
+    digest = write(order.upload_path, tensors)
+    order.upload_path.chmod(0o600)
+    return Done(digest=digest, size_bytes=order.upload_path.stat().st_size, metrics=metrics)
