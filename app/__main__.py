@@ -122,7 +122,7 @@ async def _create_admin(settings: Settings, name: str) -> str:
     engine = open_engine(settings.resolved_database_url(), connections=2)
     try:
         async with open_sessions(engine).begin() as session:
-            return (await create_first_admin(session, name)).shown
+            return (await create_first_admin(session, name=name)).shown
     finally:
         await engine.dispose()
 

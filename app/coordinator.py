@@ -39,7 +39,7 @@ def install_tasks(queue: Queue, parts: Parts) -> None:
     async def run(round_id: str) -> None:
         await aggregate_round(parts, UUID(round_id))
 
-    queue.task(run, name=AGGREGATE_ROUND, queue=ROUNDS)
+    queue.task(name=AGGREGATE_ROUND, queue=ROUNDS)(run)
 
 
 @contextlib.asynccontextmanager

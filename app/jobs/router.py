@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -43,7 +43,7 @@ router = APIRouter(tags=["jobs"])
 
 KEEP_ALIVE_S = 15.0
 
-_TENSORS = {
+_TENSORS: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {TENSORS_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
         "description": "The model as safetensors; `ETag` is its digest, and ranges are served.",

@@ -1,5 +1,6 @@
 """Reading participations, as far as the caller may see them."""
 
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Select, select, true
@@ -26,10 +27,8 @@ def visible_to(caller: Caller) -> ColumnElement[bool]:
     return Dataset.organization_id == caller.organization_id
 
 
-_Row = tuple[Participation, Job, str, str, str, Grant | None, str | None]
 
-
-def _statement() -> Select[_Row]:
+def _statement() -> Select[Any]:
     return (
         select(Participation, Job, Dataset.name, Organization.name, Principal.name, Grant, _Granter.name)
         .join(Job, Job.id == Participation.job_id)
@@ -41,8 +40,15 @@ def _statement() -> Select[_Row]:
     )
 
 
-def _view(row: _Row) -> ParticipationView:
-    participation, job, dataset, organization, owner, grant, granter = row
+def _view(
+    participation: Participation,
+    job: Job,
+    dataset: str,
+    organization: str,
+    owner: str,
+    grant: Grant | None,
+    granter: str | None,
+) -> ParticipationView:
     return ParticipationView(
         id=participation.id,
         job_id=job.id,
@@ -82,7 +88,7 @@ async def get_participation_view(session: AsyncSession, caller: Caller, particip
     row = found.one_or_none()
     if row is None:
         raise NotFound("participation", participation_id)
-    return _view(row._tuple())
+    return _view(*row)
 
 
 async def page_participations(
@@ -100,7 +106,7 @@ async def page_participations(
     if state is not None:
         statement = statement.where(Participation.state == state)
     rows, cursor = await paginate(session, statement, Participation.id, UUID, paging)
-    return Page[ParticipationView](items=[_view(tuple(row)) for row in rows], next_cursor=cursor)
+    return Page[ParticipationView](items=[_view(*row) for row in rows], next_cursor=cursor)
 
 
 async def find_own(session: AsyncSession, caller: Caller, participation_id: UUID) -> tuple[UUID, UUID]:

@@ -217,7 +217,7 @@ async def _complete(session: AsyncSession, plan: _Plan, result: _Result | None) 
         EventKind.ROUND_COMPLETED,
         at=now,
         round=of.number,
-        kind=of.kind.value,
+        task=of.kind.value,
         updates=len(plan.contributions),
         model_digest=of.model_digest,
         result_digest=of.result_digest,

@@ -155,7 +155,7 @@ async def _open(
         EventKind.ROUND_OPENED,
         at=now,
         round=number,
-        kind=kind.value,
+        task=kind.value,
         model_digest=job.model_digest,
         cohort_seed=seed,
         cohort=[f"{chosen.organization}/{chosen.dataset}" for chosen in cohort.chosen],

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID
 
 from sqlalchemy import Select, func, select
@@ -19,7 +19,7 @@ from isthmus.wire.rounds import RoundPhase, TaskState, TaskView
 Lock = Literal["share", "update"] | None
 
 
-def _locked(statement: Select[tuple[object]], lock: Lock) -> Select[tuple[object]]:
+def _locked(statement: Select[Any], lock: Lock) -> Select[Any]:
     if lock is None:
         return statement
     return statement.with_for_update(read=lock == "share").execution_options(populate_existing=True)
@@ -55,8 +55,7 @@ async def find_open_round(session: AsyncSession, job_id: UUID, lock: Lock = None
         Round.job_id == job_id, Round.phase.in_((RoundPhase.COLLECTING, RoundPhase.AGGREGATING))
     )
     found = (await session.scalars(_locked(statement, lock))).one_or_none()
-    assert found is None or isinstance(found, Round)
-    return found
+    return found if isinstance(found, Round) else None
 
 
 async def get_task(session: AsyncSession, task_id: UUID, worker_id: UUID | None, lock: Lock = None) -> Task:

@@ -186,7 +186,7 @@ async def admit_update(
     elif task.admitted_digest != headers.digest:
         raise UpdateConflict
     task.state = TaskState.UPLOADING
-    task.lease_expires_at = func.clock_timestamp() + settings.lease  # type: ignore[assignment] # evaluated by Postgres
+    task.lease_expires_at = func.clock_timestamp() + settings.lease
     return Admission(
         task_id=task_id,
         manifest=manifest,
@@ -310,7 +310,7 @@ async def accept_update(
         at=now,
         actor=actor,
         round=of.number,
-        kind=task.kind.value,
+        task=task.kind.value,
         organization=organization,
         dataset=dataset,
         digest=stored.digest,

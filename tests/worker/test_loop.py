@@ -1,0 +1,193 @@
+"""The agent against a service of moods, with a real training process."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from isthmus.codec.arrays import decode
+from isthmus.wire.problems import ProblemCode
+from isthmus_worker.loop import Agent, KeyRefused, NothingToServe, Outcome
+from tests.worker.factories import make_offer, make_spec
+from tests.worker.fake_service import FakeService
+
+
+def test_a_job_is_worked_through_from_statistics_to_evaluation_by_one_warm_child(
+    agent: Agent, service: FakeService
+) -> None:
+    uploads, pids, took_s = {}, set(), {}
+    for number in (0, 1, 2, 4):
+        offer = make_offer(number=number)
+        service.offer(offer)
+        began = time.monotonic()
+        assert agent.step() is Outcome.SUBMITTED
+        took_s[number] = time.monotonic() - began
+        pids.add(agent.trainer.pid)
+        uploads[number] = decode(service.updates[offer.task_id], offer.upload_manifest)
+
+    assert len(pids) == 1
+    assert took_s[2] < 1.0
+    assert uploads[0]["statistics/rows"] == 33  # of 40, the hold-out is 20 % of each label, rounded down
+    assert set(uploads[4]) == {"metrics/holdout/examples", "metrics/holdout/loss", "metrics/holdout/accuracy", "metrics/holdout/auc"}
+    assert uploads[1]["metrics/train/examples"] + uploads[1]["metrics/holdout/examples"] == 40
+    assert not np.array_equal(uploads[1]["0.weight"], uploads[2]["0.weight"])
+    assert agent.journal.counts()["acknowledged"] == 4
+    assert not list(agent.state.releases.iterdir())
+    assert len(agent.journal.results()) == 3
+
+
+def test_a_job_against_the_local_policy_is_refused_with_every_clause(agent: Agent, service: FakeService) -> None:
+    agent.settings = agent.settings.model_copy(update={"policy": agent.settings.policy.model_copy(update={"principals": (), "min_cohort": 5})})
+    service.offer(make_offer())
+
+    assert agent.step() is Outcome.REFUSED
+
+    assert "principals:" in service.refused[0]
+    assert "min_cohort:" in service.refused[0]
+    assert agent.trainer.pid is None  # nothing was computed
+    assert service.updates == {}
+
+
+def test_data_that_does_not_fit_is_refused_by_column_and_without_values(
+    agent: Agent, service: FakeService, tmp_path: Path
+) -> None:
+    file = tmp_path / "patients.csv"
+    file.write_text(file.read_text().replace("F,", "unicorn,", 1))
+    service.offer(make_offer())
+
+    assert agent.step() is Outcome.REFUSED
+
+    assert "'sex'" in service.refused[0]
+    assert "unicorn" not in service.refused[0]
+
+
+def test_an_upload_that_is_cut_is_repeated_with_the_same_bytes(agent: Agent, service: FakeService) -> None:
+    spec = make_spec(privacy={"clip_norm": 1.0, "noise_multiplier": 1.0})
+    service.cut_uploads = 2
+    offer = make_offer(spec)
+    service.offer(offer)
+
+    assert agent.step() is Outcome.SUBMITTED
+
+    assert len(service.admitted) == 3
+    assert len(set(service.admitted)) == 1
+
+
+def test_a_lease_lost_before_admission_keeps_the_bytes_for_the_next_offer_of_the_round(
+    agent: Agent, service: FakeService
+) -> None:
+    spec = make_spec(privacy={"clip_norm": 1.0, "noise_multiplier": 1.0})
+    service.admission = ProblemCode.LEASE_LOST
+    service.offer(make_offer(spec))
+    assert agent.step() is Outcome.KEPT
+    prepared = agent.journal.open_releases()[0].digest
+
+    service.admission = None
+    again = make_offer(spec, fence=2, attempt=2)
+    service.offer(again)
+    assert agent.step() is Outcome.SUBMITTED
+
+    assert service.admitted == [prepared]
+
+
+def test_a_round_that_is_over_discards_what_was_never_admitted_and_another_noising_is_free(
+    agent: Agent, service: FakeService
+) -> None:
+    spec = make_spec(privacy={"clip_norm": 1.0, "noise_multiplier": 1.0})
+    service.admission = ProblemCode.ROUND_NOT_COLLECTING
+    service.offer(make_offer(spec))
+    assert agent.step() is Outcome.REFUSED
+    assert agent.journal.counts()["discarded"] == 1
+    assert not list(agent.state.releases.iterdir())
+
+    service.admission = None
+    service.offer(make_offer(spec))
+    assert agent.step() is Outcome.SUBMITTED
+
+
+def test_the_same_round_for_another_model_is_refused_once_something_was_released(
+    agent: Agent, service: FakeService
+) -> None:
+    service.offer(make_offer())
+    assert agent.step() is Outcome.SUBMITTED
+    other = make_offer()
+    service.offer(other.model_copy(update={"model": other.model.model_copy(update={"digest": "ab" * 32})}))
+
+    assert agent.step() is Outcome.REFUSED
+
+    assert "released before" in service.refused[0]
+
+
+def test_a_receipt_signed_by_another_key_acknowledges_nothing(agent: Agent, service: FakeService) -> None:
+    service.forged = True
+    service.offer(make_offer())
+
+    assert agent.step() is Outcome.KEPT
+
+    assert agent.journal.counts()["released"] == 1
+    assert list(agent.state.releases.iterdir())
+
+
+def test_a_receipt_that_was_lost_is_fetched_at_the_next_start(agent: Agent, service: FakeService) -> None:
+    service.forged = True
+    service.offer(make_offer())
+    agent.step()
+    service.forged = False
+
+    agent.settle()
+
+    assert agent.journal.counts()["acknowledged"] == 1
+    assert len(service.admitted) == 1  # the bytes did not travel twice
+
+
+def test_a_task_that_nobody_wants_any_more_is_stopped(agent: Agent, service: FakeService) -> None:
+    slow = {"optimizer": {"sgd": {"lr": 0.001}}, "batch_size": 1, "epochs": 10_000}
+    service.held = False
+    service.offer(make_offer(make_spec(training=slow)))
+
+    assert agent.step() is Outcome.CANCELLED
+
+    assert 0 <= service.heartbeats[-1]["progress"] < 1
+    assert service.updates == {}
+    assert agent.journal.counts()["prepared"] == 0
+
+
+def test_a_model_with_another_digest_is_not_trained_on(agent: Agent, service: FakeService) -> None:
+    offer = make_offer()
+    service.offer(offer)
+    service.models[offer.model.digest] = bytes(len(service.models[offer.model.digest]))
+
+    assert agent.step() is Outcome.FAILED
+
+    assert "cannot be fetched" in service.failed[0]
+
+
+def test_a_revoked_key_ends_the_agent(agent: Agent, service: FakeService) -> None:
+    service.claim_refusal = ProblemCode.KEY_REVOKED
+
+    with pytest.raises(KeyRefused, match="enrolment token"):
+        agent.step()
+
+
+def test_datasets_are_announced_by_schema_and_one_that_cannot_be_read_is_left_out(
+    agent: Agent, service: FakeService, tmp_path: Path
+) -> None:
+    agent.announce()
+    assert service.announced["patients"]["rows"] == 40
+    assert service.announced["patients"]["data_schema"]["columns"][1] == {"name": "pressure", "kind": "number", "missing": True}
+
+    (tmp_path / "patients.csv").unlink()
+    with pytest.raises(NothingToServe):
+        agent.announce()
+
+
+def test_exact_metrics_stay_here_unless_the_job_releases_them(agent: Agent, service: FakeService) -> None:
+    spec = make_spec(privacy={"clip_norm": 1.0, "noise_multiplier": 0.5})
+    offer = make_offer(spec, number=4)
+    service.offer(offer)
+
+    assert agent.step() is Outcome.SUBMITTED
+
+    assert decode(service.updates[offer.task_id]) == {}
+    assert agent.journal.results("heart")[0]["metrics"]["holdout/examples"] == 7
