@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import structlog
@@ -43,9 +44,23 @@ def _with_database(settings: Settings) -> Iterator[Settings]:
         return
     from app.embedded_postgres import embedded_postgres  # noqa: PLC0415 -- only a laptop has its binaries
 
+    _leave_in_order()
     directory = (settings.data_dir / "postgres").absolute()
     with embedded_postgres(directory, environment=settings.environment) as url:
         yield settings.model_copy(update={"database_url": url})
+
+
+def _leave_in_order() -> None:
+    """Let SIGTERM end us through every `with`, so that the embedded Postgres is stopped and not left behind.
+
+    Uvicorn has handlers of its own while it serves; then it puts ours back and raises the signal again.
+    """
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def _configure_log() -> None:

@@ -15,6 +15,7 @@ from app.database import open_engine, open_sessions
 from app.datasets.router import router as datasets
 from app.dependencies import Parts
 from app.jobs.router import router as jobs
+from app.ledger.router import router as ledger
 from app.middleware import AccessLog, BodyLimit, SecureHeaders
 from app.organizations.router import router as organizations
 from app.participations.router import router as participations
@@ -85,6 +86,6 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     documentation.install(app)
     app.include_router(health.router)
-    for router in (organizations, admin, workers, datasets, jobs, participations, rounds, audit):
+    for router in (organizations, admin, workers, datasets, ledger, jobs, participations, rounds, audit):
         app.include_router(router, prefix=API_PREFIX)
     return app

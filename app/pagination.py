@@ -41,9 +41,12 @@ def _encode(key: UUID | int | str) -> str:
 def _decode(cursor: str, kind: type[Key]) -> Key:
     try:
         text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
-        return TypeAdapter(kind).validate_python(text)
+        key = TypeAdapter(kind).validate_python(text)
     except (binascii.Error, UnicodeDecodeError, ValidationError, ValueError) as error:
         raise CursorInvalid from error
+    if (isinstance(key, int) and not 0 <= key < 2**31) or (isinstance(key, str) and "\0" in key):
+        raise CursorInvalid  # well-formed, but nothing that the database could hold
+    return key
 
 
 async def paginate(

@@ -1,7 +1,7 @@
 """A real service for a test: the whole app on a database of the test's own, served on a port, driven by our own client.
 
-    def test_a_name_is_given_once(platform: Platform) -> None:
-        platform.admin.organizations.create(...)
+def test_a_name_is_given_once(platform: Platform) -> None:
+    platform.admin.organizations.create(...)
 """
 
 import asyncio
@@ -70,7 +70,9 @@ class Platform:
         name = name or f"clinic-{next(self._numbers)}"
         return self.admin.organizations.create(CreateOrganization(name=name, display_name=name.title()))
 
-    def principal(self, role: Role, organization: OrganizationView | None = None, name: str | None = None) -> PrincipalView:
+    def principal(
+        self, role: Role, organization: OrganizationView | None = None, name: str | None = None
+    ) -> PrincipalView:
         """A new holder of keys, without one yet."""
         name = name or f"{role}-{next(self._numbers)}"
         organization_id = None if organization is None else organization.id
@@ -154,7 +156,8 @@ def serving(settings: Settings) -> Iterator[str]:
     try:
         deadline = time.monotonic() + PATIENCE_S
         while not server.started:
-            assert thread.is_alive() and time.monotonic() < deadline, "the service did not start"
+            assert thread.is_alive(), "the service did not start"
+            assert time.monotonic() < deadline, "the service did not start in time"
             time.sleep(0.005)
         host, port = server.servers[0].sockets[0].getsockname()[:2]
         yield f"http://{host}:{port}"

@@ -3,7 +3,8 @@
 Theory of operation. A round *collects*: its tasks are offered, claimed, uploaded. It closes in one of three ways: enough
 updates are in (`TARGET_REACHED`); the deadline has come, or nobody can bring more, and the minimum is in
 (`DEADLINE_WITH_ENOUGH`); or the missing cannot be made up (`ATTEMPTS_EXHAUSTED`). Before it gives up it offers the missing
-tasks again (`OFFER_MISSING_AGAIN`) and keeps the updates that are in. A closed round *aggregates* a frozen set; that
+tasks again (`OFFER_MISSING_AGAIN`) and keeps the updates that are in. Where it is grants that lack, its job pauses instead
+(`GRANTS_LACKING`); resumed, the round asks those that it did not ask before (`REFILLED`). A closed round *aggregates* a frozen set; that
 ends in a checkpoint, or in a rejection if the set has no finite mean.
 
 Nothing outside of this file decides a phase. Nothing in it reads a clock: `now` is a parameter, and it is Postgres's.
@@ -28,10 +29,11 @@ class RoundEvent(StrEnum):
     DEADLINE_WITH_ENOUGH = "deadline-with-enough"
     OFFER_MISSING_AGAIN = "offer-missing-again"
     ATTEMPTS_EXHAUSTED = "attempts-exhausted"
+    GRANTS_LACKING = "grants-lacking"
+    REFILLED = "refilled"
     AGGREGATE_STORED = "aggregate-stored"
     AGGREGATE_REJECTED = "aggregate-rejected"
     JOB_CANCELLED = "job-cancelled"
-    JOB_FAILED = "job-failed"
 
 
 class JobEvent(StrEnum):
@@ -52,6 +54,8 @@ ROUND_TRANSITIONS: Final[Mapping[tuple[RoundPhase, RoundEvent], RoundPhase]] = M
         (RoundPhase.COLLECTING, RoundEvent.TARGET_REACHED): RoundPhase.AGGREGATING,
         (RoundPhase.COLLECTING, RoundEvent.DEADLINE_WITH_ENOUGH): RoundPhase.AGGREGATING,
         (RoundPhase.COLLECTING, RoundEvent.OFFER_MISSING_AGAIN): RoundPhase.COLLECTING,  # attempt + 1
+        (RoundPhase.COLLECTING, RoundEvent.GRANTS_LACKING): RoundPhase.COLLECTING,  # and the job pauses
+        (RoundPhase.COLLECTING, RoundEvent.REFILLED): RoundPhase.COLLECTING,  # resumed: asks those that it did not ask
         (RoundPhase.COLLECTING, RoundEvent.ATTEMPTS_EXHAUSTED): RoundPhase.FAILED,
         (RoundPhase.COLLECTING, RoundEvent.JOB_CANCELLED): RoundPhase.CANCELLED,
         (RoundPhase.AGGREGATING, RoundEvent.AGGREGATE_STORED): RoundPhase.COMPLETED,
@@ -125,6 +129,7 @@ class RoundState:
         target_updates, min_updates, attempt, attempts: of the round.
         open_tasks: tasks that may still bring an update in this attempt.
         offered_again: tasks that ended without an update and may be offered once more.
+        able: participations of the job that are approved and under a grant that holds.
         closes_at: the deadline of this attempt.
         uploading_until: until when uploads that make progress hold the round open; None if there are none.
     """
@@ -138,8 +143,14 @@ class RoundState:
     attempts: int
     open_tasks: int
     offered_again: int
+    able: int
     closes_at: datetime
     uploading_until: datetime | None
+
+    @property
+    def can_be_filled(self) -> bool:
+        """Whether the tasks that it has could still bring the round to its minimum."""
+        return self.accepted + self.open_tasks + self.offered_again >= self.min_updates
 
 
 def due_event(state: RoundState, now: datetime) -> RoundEvent | None:
@@ -152,19 +163,20 @@ def due_event(state: RoundState, now: datetime) -> RoundEvent | None:
     Edge cases:
         a round with `min_updates` 0 (an evaluation) completes with whatever is in once its deadline has come;
         a paused job's round may reach its target, but nothing else happens to it until the job is resumed;
-        with nobody left who could bring an update, a round below its minimum fails at once, not at its deadline.
+        a round that cannot reach its minimum any more fails, or pauses its job, at once and not at its deadline.
     """
     if state.phase is not RoundPhase.COLLECTING:
         return None
     if state.accepted >= state.target_updates:
         return RoundEvent.TARGET_REACHED
-    if state.paused or (now < state.closes_at and state.open_tasks):
+    if state.paused:
+        return None
+    if not state.can_be_filled:
+        return RoundEvent.GRANTS_LACKING if state.able < state.min_updates else RoundEvent.ATTEMPTS_EXHAUSTED
+    if now < state.closes_at and state.open_tasks:
         return None
     if state.uploading_until is not None and now < state.uploading_until:
         return None
     if state.accepted >= state.min_updates:
         return RoundEvent.DEADLINE_WITH_ENOUGH
-    possible = state.accepted + state.open_tasks + state.offered_again
-    if state.attempt >= state.attempts or possible < state.min_updates:
-        return RoundEvent.ATTEMPTS_EXHAUSTED
-    return RoundEvent.OFFER_MISSING_AGAIN
+    return RoundEvent.ATTEMPTS_EXHAUSTED if state.attempt >= state.attempts else RoundEvent.OFFER_MISSING_AGAIN

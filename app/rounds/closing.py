@@ -19,6 +19,7 @@ from app.federation.lifecycle import (
 )
 from app.models import Job, Round, Task
 from app.queue import AGGREGATE_ROUND, defer
+from app.rounds.opening import pause_for_want
 from app.rounds.queries import list_contributions, round_state
 from app.wakeups import announce_change
 from isthmus.wire.events import EventKind
@@ -33,6 +34,9 @@ async def settle(session: AsyncSession, queue: Queue, job: Job, of: Round, now: 
         await _freeze(session, queue, job, of, event, now)
     elif event is RoundEvent.OFFER_MISSING_AGAIN:
         await _offer_again(session, job, of, now)
+    elif event is RoundEvent.GRANTS_LACKING:
+        of.phase = advance_round(of.phase, event)
+        await pause_for_want(session, job, of.min_updates, now)
     elif event is RoundEvent.ATTEMPTS_EXHAUSTED:
         await _exhaust(session, job, of, now)
     return event

@@ -4,11 +4,11 @@ import hashlib
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit.service import append, append_all, job_stream
-from app.federation.lifecycle import JobEvent, advance_job
+from app.federation.lifecycle import JobEvent, RoundEvent, advance_job, advance_round
 from app.models import Grant, Job, Participation, Round, Task
 from app.rounds.queries import Candidate, list_candidates
 from app.wakeups import announce_change
@@ -66,7 +66,7 @@ async def proceed(session: AsyncSession, job: Job, last: int | None, now: dateti
     try:
         cohort = _draw(spec, kind, candidates, seed)
     except TooFewParticipations:
-        await _pause_for_want(session, job, len(candidates), spec.cohort.min_updates, now)
+        await pause_for_want(session, job, spec.cohort.min_updates, now)
         return
     await _open(session, job, spec, number, kind, seed, cohort, candidates, now)
 
@@ -148,7 +148,7 @@ async def _open(
     )
     session.add(opened)
     await session.flush()
-    session.add_all(_task(job.id, opened, by_names[chosen]) for chosen in cohort.chosen)
+    session.add_all(_task(job.id, opened, by_names[chosen], now) for chosen in cohort.chosen)
     await append(
         session,
         job_stream(job.id),
@@ -164,18 +164,42 @@ async def _open(
     await announce_change(session, job.id)
 
 
-def _task(job_id: UUID, opened: Round, candidate: Candidate) -> Task:
+def _task(job_id: UUID, opened: Round, candidate: Candidate, now: datetime) -> Task:
     return Task(
         job_id=job_id,
         round_id=opened.id,
         participation_id=candidate.participation_id,
         worker_id=candidate.worker_id,
         kind=opened.kind,
-        offered_at=opened.opened_at,
+        offered_at=now,
     )
 
 
-async def _pause_for_want(session: AsyncSession, job: Job, present: int, needed: int, now: datetime) -> None:
+async def refill(session: AsyncSession, job: Job, of: Round, now: datetime) -> None:
+    """On resuming: a round that lost its participations asks those that it did not ask. Needs the locks of both."""
+    asked = set(await session.scalars(select(Task.participation_id).where(Task.round_id == of.id)))
+    others = [item for item in await list_candidates(session, job.id, now) if item.participation_id not in asked]
+    if not others:
+        return
+    of.phase = advance_round(of.phase, RoundEvent.REFILLED)
+    of.cohort_size += len(others)
+    session.add_all(_task(job.id, of, item, now) for item in others)
+    await append(
+        session,
+        job_stream(job.id),
+        EventKind.ROUND_REOPENED,
+        at=now,
+        round=of.number,
+        attempt=of.attempt,
+        kept=of.accepted,
+        added=sorted(f"{item.organization}/{item.dataset}" for item in others),
+    )
+    await session.flush()
+
+
+async def pause_for_want(session: AsyncSession, job: Job, needed: int, now: datetime) -> None:
+    """Pause a job whose next, or open, round cannot be filled for want of grants. Needs the job's lock."""
+    present = len(await list_candidates(session, job.id, now))
     job.state = advance_job(job.state, JobEvent.PAUSED)
     job.reason, job.paused_at = JobReason.TOO_FEW_PARTICIPATIONS, now
     job.detail = f"{present} participations are approved and able, the next round needs {needed}. Get more, then resume."

@@ -78,12 +78,23 @@ async def find_update(session: AsyncSession, task_id: UUID) -> Update | None:
 
 async def round_state(session: AsyncSession, job: Job, of: Round) -> RoundState:
     """All that decides what is due for the round, read under its lock."""
-    open_tasks, offered_again, uploading_until = (
+    able = (
+        select(func.count())
+        .select_from(Participation)
+        .join(Grant, Grant.participation_id == Participation.id)
+        .where(
+            Participation.job_id == job.id,
+            Participation.state == ParticipationState.APPROVED,
+            Grant.ended_at.is_(None),
+        )
+    )
+    open_tasks, offered_again, uploading_until, approved = (
         await session.execute(
             select(
                 func.count().filter(Task.state.in_(OPEN_TASKS)),
                 func.count().filter(Task.state.in_(OFFERED_AGAIN)),
                 func.max(Task.lease_expires_at).filter(Task.state == TaskState.UPLOADING),
+                able.scalar_subquery(),
             ).where(Task.round_id == of.id)
         )
     ).one()
@@ -97,6 +108,7 @@ async def round_state(session: AsyncSession, job: Job, of: Round) -> RoundState:
         attempts=of.attempts,
         open_tasks=open_tasks,
         offered_again=offered_again,
+        able=approved,
         closes_at=of.closes_at,
         uploading_until=None if uploading_until is None else min(uploading_until, graced(of)),
     )

@@ -215,7 +215,7 @@ def require_open(job: Job, of: Round, task: Task, participation: Participation, 
     Raises:
         JobNotRunning, RoundNotCollecting, GrantWithdrawn, LeaseLost, TaskNotClaimed, TaskNotOpen: it may not, and why.
     """
-    if job.state not in (JobState.RUNNING, JobState.PAUSED):
+    if job.state in (JobState.FAILED, JobState.CANCELLED):
         raise JobNotRunning(f"The job is {job.state}: {job.detail or 'it takes nothing any more'}.")
     if participation.state is not ParticipationState.APPROVED:
         raise GrantWithdrawn(participation.state.value)

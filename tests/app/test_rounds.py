@@ -6,10 +6,11 @@ from isthmus.wire.events import verify_chain
 from isthmus.wire.jobs import JobState
 from isthmus.wire.rounds import RoundPhase, TaskState
 from tests.federation import Federation, filled, job_spec
+from tests.running import announcement
 
 
 def test_a_round_is_the_mean_weighted_by_declared_rows(federation: Federation) -> None:
-    federation.sites[0].worker.datasets.announce("heart", federation_rows(200))
+    federation.sites[0].worker.datasets.announce("heart", announcement(200))
     job = federation.start(job_spec())
 
     for value, site in zip((1.0, 2.0, 4.0), federation.sites, strict=True):
@@ -18,12 +19,6 @@ def test_a_round_is_the_mean_weighted_by_declared_rows(federation: Federation) -
     assert federation.finish(job).state is JobState.COMPLETED
     expected = np.float32((200 * 1.0 + 100 * 2.0 + 100 * 4.0) / 400)
     assert all((tensor == expected).all() for tensor in federation.model(job).values())
-
-
-def federation_rows(rows: int):  # type: ignore[no-untyped-def]
-    from tests.running import announcement
-
-    return announcement(rows)
 
 
 def test_rounds_follow_each_other_and_the_record_tells_all(federation: Federation) -> None:

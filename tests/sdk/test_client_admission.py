@@ -4,6 +4,7 @@ import hashlib
 import socket
 import ssl
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -61,7 +62,9 @@ def refusal(code: ProblemCode) -> bytes:
     return response(document.status, document.model_dump_json().encode(), "application/problem+json")
 
 
-def submit(address: str, update: Path, story: Story, *, expect_s: float = 10.0, timeout_s: float = 30.0) -> UpdateReceipt:
+def submit(
+    address: str, update: Path, story: Story, *, expect_s: float = 10.0, timeout_s: float = 30.0
+) -> UpdateReceipt:
     with Client(address, "isk_a_b", timeout_s=timeout_s) as client:
         return client.tasks.submit_update(
             TASK, update, digest=DIGEST, fence=4, on_admitted=story.admitted, expect_s=expect_s
@@ -327,7 +330,6 @@ def tls() -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 def _contexts(pem: bytes, key: ec.EllipticCurvePrivateKey) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    import tempfile  # noqa: PLC0415
 
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

@@ -8,7 +8,7 @@ import pytest
 from isthmus.client import Client, Retries
 from isthmus_worker.journal import Journal
 from isthmus_worker.loop import Agent
-from isthmus_worker.settings import Settings
+from isthmus_worker.settings import Resources, Settings
 from isthmus_worker.state import Credentials, StateDir
 from isthmus_worker.trainer import Trainer
 from tests.worker.factories import ORGANIZATION, make_settings, write_patients
@@ -37,15 +37,22 @@ def credentials_for(service: FakeService) -> Credentials:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    """One child for all tests: importing torch takes longer than they do."""
+    shared = Trainer(Resources(max_memory_mb=1500), tmp_path_factory.mktemp("trainer") / "scratch")
+    yield shared
+    shared.stop()
+
+
 @pytest.fixture
-def agent(settings: Settings, service: FakeService) -> Iterator[Agent]:
-    """The agent in this process; its child is a real one, started only by tasks."""
+def agent(settings: Settings, service: FakeService, trainer: Trainer) -> Iterator[Agent]:
+    """The agent in this process; its child is a real one."""
     state = StateDir.open(settings.state_dir)
     client = Client(service.url, "isk_made_up", retries=Retries(attempts=1))
-    journal, trainer = Journal.open(state), Trainer(settings.resources, state.scratch)
+    journal = Journal.open(state)
     made = Agent(settings, state, credentials_for(service), client, journal, trainer, sleep=lambda _s: None)
     made._served = [dataset.name for dataset in settings.datasets]
     yield made
-    trainer.stop()
     journal.close()
     client.close()

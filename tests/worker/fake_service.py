@@ -67,7 +67,10 @@ class FakeService:
         """A receipt for bytes that are here."""
         key = Ed25519PrivateKey.generate() if self.forged else self.key
         return UpdateReceipt(
-            task_id=task_id, digest=digest, received_at=NOW, signature=key.sign(receipt_bytes(task_id, digest, NOW)).hex()
+            task_id=task_id,
+            digest=digest,
+            received_at=NOW,
+            signature=key.sign(receipt_bytes(task_id, digest, NOW)).hex(),
         )
 
 
@@ -115,10 +118,14 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[-1] == "claim":
             self._claim()
         elif parts[-1] == "workers":
-            self._json(201, {"worker": _worker(body), "api_key": "isk_made_up", "service_public_key": self.service.public_key})
+            self._json(
+                201, {"worker": _worker(body), "api_key": "isk_made_up", "service_public_key": self.service.public_key}
+            )
         elif parts[-1] == "heartbeat":
             self.service.heartbeats.append(body)
-            self._json(200, {"held": self.service.held, "lease_s": 15.0, "reason": None if self.service.held else "cancelled"})
+            self._json(
+                200, {"held": self.service.held, "lease_s": 15.0, "reason": None if self.service.held else "cancelled"}
+            )
         else:
             {"refuse": self.service.refused, "fail": self.service.failed}[parts[-1]].append(body["reason"])
             self._json(200, _task(parts[-2], "refused" if parts[-1] == "refuse" else "failed"))
@@ -198,8 +205,8 @@ def _worker(body: dict[str, Any]) -> dict[str, Any]:
 def _dataset(name: str, body: dict[str, Any]) -> dict[str, Any]:
     return {
         **body, "id": str(UUID(int=7)), "organization_id": str(UUID(int=8)), "organization": ORGANIZATION, "name": name,
-        "worker_id": str(UUID(int=9)), "worker": "w", "state": "announced", "policy": {}, "announced_at": NOW.isoformat(),
-        "confirmed_at": None,
+        "worker_id": str(UUID(int=9)), "worker": "w", "state": "announced", "policy": {},
+        "announced_at": NOW.isoformat(), "confirmed_at": None,
     }  # fmt: skip
 
 
@@ -213,7 +220,7 @@ def _task(task_id: str, state: str) -> dict[str, Any]:
 
 def _me() -> dict[str, Any]:
     principal = {
-        "id": str(UUID(int=6)), "name": "w", "role": "worker", "kind": "worker", "organization_id": None, "organization": None,
+        "id": str(UUID(int=6)), "name": "w", "display_name": "w", "role": "worker", "organization_id": None,
         "created_at": NOW.isoformat(), "disabled_at": None,
     }  # fmt: skip
     return {"principal": principal, "organization": None, "key_id": "k", "scopes": [], "worker_id": str(UUID(int=9))}

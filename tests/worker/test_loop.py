@@ -1,6 +1,5 @@
 """The agent against a service of moods, with a real training process."""
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from isthmus.codec.arrays import decode
 from isthmus.wire.problems import ProblemCode
 from isthmus_worker.loop import Agent, KeyRefused, NothingToServe, Outcome
+from isthmus_worker.trainer import Trainer
 from tests.worker.factories import make_offer, make_spec
 from tests.worker.fake_service import FakeService
 
@@ -16,20 +16,22 @@ from tests.worker.fake_service import FakeService
 def test_a_job_is_worked_through_from_statistics_to_evaluation_by_one_warm_child(
     agent: Agent, service: FakeService
 ) -> None:
-    uploads, pids, took_s = {}, set(), {}
+    uploads, pids = {}, set()
     for number in (0, 1, 2, 4):
         offer = make_offer(number=number)
         service.offer(offer)
-        began = time.monotonic()
         assert agent.step() is Outcome.SUBMITTED
-        took_s[number] = time.monotonic() - began
         pids.add(agent.trainer.pid)
         uploads[number] = decode(service.updates[offer.task_id], offer.upload_manifest)
 
     assert len(pids) == 1
-    assert took_s[2] < 1.0
     assert uploads[0]["statistics/rows"] == 33  # of 40, the hold-out is 20 % of each label, rounded down
-    assert set(uploads[4]) == {"metrics/holdout/examples", "metrics/holdout/loss", "metrics/holdout/accuracy", "metrics/holdout/auc"}
+    assert set(uploads[4]) == {
+        "metrics/holdout/examples",
+        "metrics/holdout/loss",
+        "metrics/holdout/accuracy",
+        "metrics/holdout/auc",
+    }
     assert uploads[1]["metrics/train/examples"] + uploads[1]["metrics/holdout/examples"] == 40
     assert not np.array_equal(uploads[1]["0.weight"], uploads[2]["0.weight"])
     assert agent.journal.counts()["acknowledged"] == 4
@@ -38,14 +40,16 @@ def test_a_job_is_worked_through_from_statistics_to_evaluation_by_one_warm_child
 
 
 def test_a_job_against_the_local_policy_is_refused_with_every_clause(agent: Agent, service: FakeService) -> None:
-    agent.settings = agent.settings.model_copy(update={"policy": agent.settings.policy.model_copy(update={"principals": (), "min_cohort": 5})})
+    agent.settings = agent.settings.model_copy(
+        update={"policy": agent.settings.policy.model_copy(update={"principals": (), "min_cohort": 5})}
+    )
     service.offer(make_offer())
 
     assert agent.step() is Outcome.REFUSED
 
     assert "principals:" in service.refused[0]
     assert "min_cohort:" in service.refused[0]
-    assert agent.trainer.pid is None  # nothing was computed
+    assert sum(agent.journal.counts().values()) == 0  # nothing was computed
     assert service.updates == {}
 
 
@@ -173,9 +177,15 @@ def test_a_revoked_key_ends_the_agent(agent: Agent, service: FakeService) -> Non
 def test_datasets_are_announced_by_schema_and_one_that_cannot_be_read_is_left_out(
     agent: Agent, service: FakeService, tmp_path: Path
 ) -> None:
+    agent.trainer = Trainer(agent.settings.resources, agent.state.scratch)
     agent.announce()
+    assert agent.trainer.pid is None
     assert service.announced["patients"]["rows"] == 40
-    assert service.announced["patients"]["data_schema"]["columns"][1] == {"name": "pressure", "kind": "number", "missing": True}
+    assert service.announced["patients"]["data_schema"]["columns"][1] == {
+        "name": "pressure",
+        "kind": "number",
+        "missing": True,
+    }
 
     (tmp_path / "patients.csv").unlink()
     with pytest.raises(NothingToServe):

@@ -80,7 +80,7 @@ def run(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Work until stopped (SIGTERM or Ctrl-C). The agent takes this process's place, so that it stays small."""
-    arguments = [sys.executable, "-m", "isthmus_worker.agent", "--config", str(config), "--log-level", log_level]
+    arguments = [sys.executable, "-P", "-m", "isthmus_worker.agent", "--config", str(config), "--log-level", log_level]
     sys.stdout.flush()
     os.execv(sys.executable, arguments)  # noqa: S606 - our own interpreter and module
 

@@ -12,6 +12,9 @@ from isthmus.wire.rounds import Heartbeat, TaskOffer
 
 log = logging.getLogger(__name__)
 
+SHORTEST_S: Final = 0.1
+"""Not oftener than so, whatever the service asks for."""
+
 OVER: Final = frozenset(
     {
         ProblemCode.LEASE_LOST,
@@ -64,7 +67,7 @@ class Heart:
         return self._lost
 
     def _beat(self) -> None:
-        while not self._ended.wait(self._offer.heartbeat_s):
+        while not self._ended.wait(max(SHORTEST_S, self._offer.heartbeat_s)):
             if time.monotonic() - self._alive_at > self._max_silence_s:
                 continue
             body = Heartbeat(fence=self._offer.fence, progress=self._progress)

@@ -8,6 +8,9 @@ released may be `discarded`, and then be computed anew.
     prepared ──▶ released ──▶ acknowledged
         └──────▶ discarded
 
+An admission that was asked for and never answered may have been given: such a release is not discarded but counted as
+released, so that this account shows at least what the service's does.
+
 SQLite in WAL mode with synchronous=FULL: a transition that returned is on the disk. Files lie in `releases/` under
 names of their own; one without a row was never prepared, and is removed at the next start.
 """
@@ -85,6 +88,8 @@ class Release:
     fence: int
     digest: str
     size_bytes: int
+    unanswered: bool
+    """Admission was asked for, and no answer came: the service may have admitted it, and spent."""
     path: Path | None
     """Where the bytes are; None: deleted."""
 
@@ -110,7 +115,7 @@ CREATE TABLE IF NOT EXISTS releases (
     kind TEXT NOT NULL CHECK (kind IN ('statistics', 'train', 'evaluate')),
     state TEXT NOT NULL CHECK (state IN ('prepared', 'released', 'acknowledged', 'discarded')),
     job TEXT NOT NULL, dataset TEXT NOT NULL, task_id TEXT NOT NULL, fence INTEGER NOT NULL,
-    digest TEXT NOT NULL, size_bytes INTEGER NOT NULL, file TEXT,
+    digest TEXT NOT NULL, size_bytes INTEGER NOT NULL, unanswered INTEGER NOT NULL DEFAULT 0, file TEXT,
     prepared_at TEXT NOT NULL, released_at TEXT, acknowledged_at TEXT, discarded_at TEXT, note TEXT, receipt TEXT
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS one_release ON releases
@@ -122,7 +127,7 @@ CREATE TABLE IF NOT EXISTS results (
 """
 _COLUMNS: Final = (
     "id, participation_id, round_number, model_digest, spec_digest, kind, state, job, dataset, task_id, fence,"
-    " digest, size_bytes, file"
+    " digest, size_bytes, unanswered, file"
 )
 
 
@@ -162,17 +167,17 @@ class Journal:
     def recover(self) -> None:
         """Put in order what a killed agent may have left: files without a row, and bytes that are no longer needed.
 
-        A prepared release whose bytes are gone was never released: it is discarded. A released one stays what it is.
+        A prepared release whose bytes are gone was never released: it is given up. A released one stays what it is.
         """
         self._drop_bytes("state = 'acknowledged'")
         cutoff = (datetime.now(UTC) - KEEP_BYTES).isoformat()
         for release in self._releases("state = 'prepared' AND prepared_at < ?", cutoff):
-            self.discard(release, "never admitted")
+            self.give_up(release, "never admitted")
         self._drop_bytes("state = 'released' AND released_at < ?", cutoff)
         for release in self._releases("state IN ('prepared', 'released') AND file IS NOT NULL"):
             if release.path is not None and not release.path.exists():
                 if release.state is ReleaseState.PREPARED:
-                    self.discard(release, "its bytes are gone")
+                    self.give_up(release, "its bytes are gone")
                 else:
                     self._connection.execute("UPDATE releases SET file = NULL WHERE id = ?", (release.id,))
         known = {str(row[0]) for row in self._connection.execute("SELECT file FROM releases WHERE file IS NOT NULL")}
@@ -235,6 +240,14 @@ class Journal:
         )
         return self._releases("id = ?", release.id)[0]
 
+    def note_asking(self, release: Release, unanswered: bool) -> None:
+        """Note that admission is being asked for, or that the service has answered and did not admit.
+
+        A service may admit, and spend, without our hearing of it. Where that is possible the release is not discarded
+        but counted as spent: this ledger may show more than the service's, never less.
+        """
+        self._connection.execute("UPDATE releases SET unanswered = ? WHERE id = ?", (int(unanswered), release.id))
+
     def mark_released(self, release: Release) -> None:
         """Record the spend. To be called when the service has admitted the bytes and before any of them is sent."""
         self._advance(release, ReleaseState.RELEASED, released_at=_now())
@@ -249,11 +262,19 @@ class Journal:
         self._advance(release, ReleaseState.DISCARDED, discarded_at=_now(), note=note)
         self._drop_bytes("id = ?", release.id)
 
+    def give_up(self, release: Release, note: str) -> ReleaseState:
+        """Discard a prepared release, or count it as spent where the service may have admitted it unheard."""
+        if release.unanswered:
+            self.mark_released(release)
+            return ReleaseState.RELEASED
+        self.discard(release, note)
+        return ReleaseState.DISCARDED
+
     def retire_before(self, participation_id: str, round_number: int) -> None:
         """A later round is on: what earlier ones left unsent is discarded, and their bytes are deleted. Spends stay."""
         earlier = "participation_id = ? AND round_number < ?"
         for release in self._releases(f"{earlier} AND state = 'prepared'", participation_id, round_number):
-            self.discard(release, "its round is over")
+            self.give_up(release, "its round is over")
         self._drop_bytes(f"{earlier} AND state = 'released'", participation_id, round_number)
 
     def open_releases(self) -> list[Release]:
@@ -318,7 +339,7 @@ class Journal:
             return [self._release(row) for row in rows]
 
     def _release(self, row: tuple[Any, ...]) -> Release:
-        number, *key, state, job, dataset, task_id, fence, digest, size_bytes, file = row
+        number, *key, state, job, dataset, task_id, fence, digest, size_bytes, unanswered, file = row
         return Release(
             id=number,
             key=ReleaseKey(key[0], key[1], key[2], key[3], TaskKind(key[4])),
@@ -329,6 +350,7 @@ class Journal:
             fence=fence,
             digest=digest,
             size_bytes=size_bytes,
+            unanswered=bool(unanswered),
             path=self._state.releases / file if file is not None else None,
         )
 

@@ -29,6 +29,8 @@ Answer = TypeVar("Answer")
 
 WAIT_S: Final = 30
 """Length of a long poll for work."""
+LONGEST_PAUSE_S: Final = 300.0
+"""Whatever the service asks for, we look again after so long."""
 MODELS_KEPT: Final = 3
 LONGEST_REASON: Final = 1000
 
@@ -212,6 +214,10 @@ class Agent:
                 self.sleep(backoff_s(attempt))
             except (Refused, BadResponse) as error:
                 raise WorkFailed("The round's model cannot be fetched.", where=str(error)) from error
+            except OSError as error:
+                raise WorkFailed(
+                    "The round's model cannot be written to the worker's disk.", where=str(error)
+                ) from error
             else:
                 break
         for old in sorted(self.state.models.iterdir(), key=lambda one: one.stat().st_mtime, reverse=True)[MODELS_KEPT:]:
@@ -243,7 +249,7 @@ class Agent:
         self.state.note_contact()
         if isinstance(offer, NoWork):
             waited_s = time.monotonic() - began
-            self.sleep(max(offer.retry_after_s, 0.0 if waited_s > min(1, wait_s) / 2 else 1.0))
+            self.sleep(min(LONGEST_PAUSE_S, max(offer.retry_after_s, 0.0 if waited_s > min(1, wait_s) / 2 else 1.0)))
         return offer
 
     def _poll_s(self, wait_s: int) -> int:
@@ -262,7 +268,7 @@ class Agent:
         try:
             view = self.client.datasets.announce(name, body)
         except Refused as refusal:
-            if refusal.code in KEY_REFUSED:
+            if refusal.code in KEY_REFUSED - {ProblemCode.FORBIDDEN}:
                 raise KeyRefused(refusal) from refusal
             if refusal.code in (ProblemCode.NOT_READY, ProblemCode.TOO_MANY_REQUESTS, ProblemCode.INTERNAL):
                 raise

@@ -4,7 +4,9 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -36,7 +38,6 @@ LATER: Final = frozenset(
         ProblemCode.KEY_EXPIRED,
         ProblemCode.KEY_REVOKED,
         ProblemCode.FORBIDDEN,
-        ProblemCode.BODY_TOO_LARGE,
     }
 )
 """Refusals that leave the round open: the same bytes answer its next offer. They may have been admitted already, by a
@@ -70,17 +71,21 @@ def hand_in(
     Raises:
         ReceiptInvalid: the receipt was not signed by the pinned key. The bytes are kept.
     """
-    assert release.path is not None, "the caller has looked whether the bytes are held"
-    task_id, attempt = UUID(release.task_id), 0
+    path, task_id, attempt = release.path, UUID(release.task_id), 0
+    assert path is not None, "the caller has looked whether the bytes are held"
     while True:
         attempt += 1
+        was_unanswered = release.unanswered
+        if not was_unanswered:
+            journal.note_asking(release, unanswered=True)
+            release = replace(release, unanswered=True)
         try:
             receipt = client.tasks.submit_update(
                 task_id,
-                release.path,
+                path,
                 digest=release.digest,
                 fence=release.fence,
-                on_admitted=lambda: _record_spend(journal, release),
+                on_admitted=partial(_record_spend, journal, release),
                 progress=lambda _done, _all: on_progress(),
             )
         except (Unreachable, TimedOut) as error:
@@ -90,6 +95,9 @@ def hand_in(
             )
             sleep(wait_s)
         except Refused as refusal:
+            if not was_unanswered and refusal.code is not ProblemCode.INTERNAL:
+                journal.note_asking(release, unanswered=False)
+                release = replace(release, unanswered=False)
             if refusal.code in PASSING and attempt < ATTEMPTS:
                 sleep(max(backoff_s(attempt), refusal.retry_after_s or 0.0))
                 continue
@@ -111,9 +119,12 @@ def backoff_s(attempt: int) -> float:
 
 def _refused(journal: Journal, release: Release, refusal: Refused) -> tuple[HandedIn, str]:
     """Only what was prepared and never released may be forgotten, and only where its round is over for us."""
-    state = _state(journal, release)
-    if state is ReleaseState.PREPARED and refusal.code not in LATER | PASSING:
-        journal.discard(release, str(refusal.code))
+    waits = _state(journal, release) is ReleaseState.PREPARED
+    if (
+        waits
+        and refusal.code not in LATER | PASSING
+        and journal.give_up(release, str(refusal.code)) is ReleaseState.DISCARDED
+    ):
         return HandedIn.DISCARDED, refusal.detail
     return HandedIn.KEPT, refusal.detail
 

@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from pydantic import ValidationError
+
 from isthmus_worker.messages import (
     ANSWERS,
     Alive,
@@ -43,6 +45,8 @@ CANCEL_S: Final = 2.0
 """So long a child may take to stop by itself."""
 _MB: Final = 1 << 20
 _READ_BYTES: Final = 1 << 16
+_LONGEST_ANSWER: Final = 16 << 20
+_NO_ANSWER: Final = "The training process said something that is no answer."
 
 _ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
 """What a child may see of the agent's environment, besides what the configuration passes."""
@@ -93,7 +97,8 @@ class Trainer:
             WorkRefused, WorkFailed: it cannot be read.
         """
         answer = self._ask(Describe(dataset=dataset), lambda _progress: None, lambda: False)
-        assert isinstance(answer, Described)
+        if not isinstance(answer, Described):
+            raise WorkFailed(_NO_ANSWER)
         return answer
 
     def work(self, order: Work, on_alive: Callable[[float], None], cancelled: Callable[[], bool]) -> Done:
@@ -109,7 +114,8 @@ class Trainer:
         """
         self._number += 1
         answer = self._ask(order.model_copy(update={"number": self._number}), on_alive, cancelled)
-        assert isinstance(answer, Done)
+        if not isinstance(answer, Done):
+            raise WorkFailed(_NO_ANSWER)
         return answer
 
     @property
@@ -239,7 +245,12 @@ class Trainer:
         if not piece:
             self._raise_ended()
         *lines, self._heard = (self._heard + piece).split(b"\n")
-        return [ANSWERS.validate_json(line) for line in lines]
+        if len(self._heard) > _LONGEST_ANSWER:
+            raise WorkFailed(_NO_ANSWER)
+        try:
+            return [ANSWERS.validate_json(line) for line in lines]
+        except ValidationError:
+            raise WorkFailed(_NO_ANSWER) from None
 
     def _raise_ended(self) -> None:
         assert self._process is not None

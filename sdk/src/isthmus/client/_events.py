@@ -40,7 +40,7 @@ def follow_events(service: Service, job_id: UUID, after: int) -> Iterator[EventV
     A cut connection is taken up again with `Last-Event-ID`. Attempts that bring nothing are counted; when as many as
     the client's retries allow have failed one after the other, the last error is raised.
     """
-    failures = 0
+    failures = quiet = 0
     while True:
         before = after
         failure: httpx.TransportError | IsthmusError | None = None
@@ -56,7 +56,7 @@ def follow_events(service: Service, job_id: UUID, after: int) -> Iterator[EventV
                 raise
             failure = error
         if after > before:
-            failures = 0
+            failures = quiet = 0
         elif failure is None and service.ask("GET", f"jobs/{job_id}", JobView).state in FINAL_STATES:
             yield from past_events(service, job_id, after)  # what came between the end of the stream and the question
             return
@@ -66,12 +66,9 @@ def follow_events(service: Service, job_id: UUID, after: int) -> Iterator[EventV
                 if isinstance(failure, httpx.HTTPError):
                     raise_translated(failure, service.address(f"jobs/{job_id}/events"))
                 raise failure
-        service.clock.sleep(_wait_s(service, failure, failures))
-
-
-def _wait_s(service: Service, failure: object, failures: int) -> float:
-    asked_s = failure.retry_after_s if isinstance(failure, Refused) else None
-    return max(asked_s or 0.0, backoff_s(service.retries, max(1, failures), service.clock.chance()))
+        quiet += 1
+        asked_s = failure.retry_after_s if isinstance(failure, Refused) else None
+        service.clock.sleep(max(asked_s or 0.0, backoff_s(service.retries, quiet, service.clock.chance())))
 
 
 def _connected(service: Service, job_id: UUID, after: int) -> Iterator[EventView]:

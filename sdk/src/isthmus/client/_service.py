@@ -209,7 +209,13 @@ def raise_translated(error: httpx.HTTPError, address: str) -> NoReturn:
 
 
 def segment(value: object) -> str:
-    """An id or a name as one segment of a path."""
+    """An id or a name as one segment of a path.
+
+    Raises:
+        ValueError: it would be no segment of its own.
+    """
+    if str(value) in ("", ".", ".."):
+        raise ValueError(f"{value!r} is no id and no name")
     return quote(str(value), safe="")
 
 

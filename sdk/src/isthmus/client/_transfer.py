@@ -119,7 +119,9 @@ class _Download:
                 self._read_on(file)
                 break
             except (httpx.TransportError, Unreachable, Refused) as error:
-                if isinstance(error, Refused) and error.status not in (429, 503):
+                if isinstance(error, Refused) and error.status == 416 and self.done:
+                    self.etag = None  # what we have is not the beginning of what there is now: begin again
+                elif isinstance(error, Refused) and error.status not in (429, 503):
                     raise
                 failures = 1 if self.done > before else failures + 1
                 if failures >= retries.attempts:
@@ -144,6 +146,8 @@ class _Download:
         if self.done and self.etag is not None:
             headers |= {"Range": f"bytes={self.done}-", "If-Range": self.etag}
         with self.service.stream(self.path, headers=headers) as response:
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise BadResponse(f"{self.address} compresses what was asked for as it is")
             if not self._continues(response):
                 file.seek(0)
                 file.truncate()
@@ -153,7 +157,7 @@ class _Download:
             self.named = _named_digest(response) or self.named
             length = response.headers.get("content-length", "")
             total = self.done + int(length) if length.isascii() and length.isdigit() else None
-            for piece in response.iter_raw(PIECE_BYTES):
+            for piece in response.iter_bytes():  # as they come: what waits to fill a piece would be lost by a cut
                 if self.max_bytes is not None and self.done + len(piece) > self.max_bytes:
                     raise BadResponse(f"{self.address} gave more than the {self.max_bytes} bytes expected")
                 file.write(piece)

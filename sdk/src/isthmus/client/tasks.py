@@ -120,7 +120,7 @@ class Tasks:
         }
         address = self._service.address(route)
         if self._service.own_transport:
-            answer = self._put_in_a_test(address, path, headers, on_admitted)
+            answer = self._put_in_a_test(address, path, headers, on_admitted, progress)
         else:
             answer = put_when_admitted(
                 address,
@@ -140,13 +140,18 @@ class Tasks:
         return receipt
 
     def _put_in_a_test(
-        self, address: str, path: Path, headers: dict[str, str], on_admitted: Callable[[], None]
+        self,
+        address: str,
+        path: Path,
+        headers: dict[str, str],
+        on_admitted: Callable[[], None],
+        progress: Progress | None,
     ) -> Answer:
         """A transport that was given to the client admits an update by beginning to read its body."""
 
         def body() -> Iterator[bytes]:
             on_admitted()
-            yield from pieces(path, None)
+            yield from pieces(path, progress)
 
         length = {"Content-Length": str(path.stat().st_size), "Expect": "100-continue"}
         with self._service.translated(address):

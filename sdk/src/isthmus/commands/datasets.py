@@ -56,6 +56,7 @@ def ledger(ctx: typer.Context, dataset: Reference, as_json: Json = False) -> Non
 @app.command()
 def policy(
     ctx: typer.Context,
+    *,
     dataset: Reference,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="A YAML file that replaces the whole policy.")

@@ -1,12 +1,16 @@
 """Errors as a sentence, what to do about it, and an exit code."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from isthmus.client import BadResponse, IsthmusError, Refused, TimedOut, Unreachable
 from isthmus.commands.credentials import CredentialsInvalid, NotLoggedIn
 from isthmus.commands.exits import ExitCode
 from isthmus.commands.lookup import Ambiguous, NoSuch
-from isthmus.jobfile import FileInvalid
+from isthmus.jobfile import FileInvalid, sentence
 from isthmus.submission import CannotDraw
 from isthmus.wire.problems import ProblemCode
 
@@ -54,6 +58,8 @@ def _explain(error: Exception) -> Failure:  # noqa: PLR0911 - a table: one line 
             return Failure(ExitCode.NOT_FOUND, str(error))
         case Ambiguous() | FileInvalid() | CannotDraw():
             return Failure(ExitCode.USAGE, str(error))
+        case ValidationError():
+            return Failure(ExitCode.USAGE, "; ".join(_said(details) for details in error.errors(include_url=False)))
         case OSError(filename=str() as name, strerror=str() as why):
             return Failure(ExitCode.USAGE, f"{name}: {why}.")
         case IsthmusError():
@@ -65,32 +71,39 @@ def _explain(error: Exception) -> Failure:  # noqa: PLR0911 - a table: one line 
     )
 
 
+def _said(details: ErrorDetails) -> str:
+    where = ".".join(map(str, details["loc"]))
+    return f"{where}: {sentence(details)}" if where else sentence(details)
+
+
 def _refusal(error: Refused) -> Failure:
     fields = "".join(f"\n  {field.field}: {field.message}" for field in error.errors)
-    sentence = f"{error.detail or error.problem.title}{fields}"
+    words = f"{error.detail or error.problem.title}{fields}"
     if error.status == 401:
-        why = {
-            ProblemCode.KEY_EXPIRED: "The API key has expired.",
-            ProblemCode.KEY_REVOKED: "The API key was revoked.",
-        }.get(ProblemCode(error.code) if error.code in set(ProblemCode) else ProblemCode.UNAUTHENTICATED)
+        why = _EXPIRED.get(str(error.code))
         return Failure(
             ExitCode.NOT_ALLOWED,
-            why or f"The service does not accept this API key. {sentence}",
+            why or f"The service does not accept this API key. {words}",
             "Log in with a valid key: isthmus login URL (or set ISTHMUS_API_KEY).",
         )
     if error.status == 403:
-        return Failure(ExitCode.NOT_ALLOWED, sentence, "`isthmus whoami` shows what this key may do.")
+        return Failure(ExitCode.NOT_ALLOWED, words, "`isthmus whoami` shows what this key may do.")
     if error.status == 404:
-        return Failure(ExitCode.NOT_FOUND, sentence)
+        return Failure(ExitCode.NOT_FOUND, words)
     if error.status in (429, 503):
         later = f" in {error.retry_after_s:g} s" if error.retry_after_s else " later"
-        return Failure(ExitCode.UNREACHABLE, sentence, f"Try again{later}.")
+        return Failure(ExitCode.UNREACHABLE, words, f"Try again{later}.")
     if error.status >= 500:
-        return Failure(ExitCode.FAILED, sentence, "The service's log has the details.")
-    return Failure(ExitCode.REFUSED, sentence, _HINTS.get(str(error.code)))
+        return Failure(ExitCode.FAILED, words, "The service's log has the details.")
+    return Failure(ExitCode.REFUSED, words, _HINTS.get(str(error.code)))
 
 
-_HINTS = {
+_EXPIRED: Final[Mapping[str, str]] = {
+    ProblemCode.KEY_EXPIRED: "The API key has expired.",
+    ProblemCode.KEY_REVOKED: "The API key was revoked.",
+}
+
+_HINTS: Final[Mapping[str, str]] = {
     ProblemCode.MODEL_MISSING: "Submit with `isthmus job submit`, which uploads the initial model too.",
     ProblemCode.NO_MATCHING_DATASET: "`isthmus dataset list` shows what there is; only confirmed datasets count.",
     ProblemCode.SECRET_SHOWN_ONCE: "If the secret was lost, revoke it and create another.",

@@ -19,9 +19,12 @@ KeyId = Annotated[str, typer.Argument(metavar="KEY_ID", help="The key's id, whic
 @app.command()
 def create(
     ctx: typer.Context,
+    *,
     principal: Principal = None,
     label: Annotated[str, typer.Option(help="What the key is for.")] = "key",
-    scope: Annotated[list[Scope] | None, typer.Option(help="What it may do; repeat it for more (default: all).")] = None,
+    scope: Annotated[
+        list[Scope] | None, typer.Option(help="What it may do; repeat it for more (default: all).")
+    ] = None,
     expires_in: Annotated[int | None, duration_option("--expires-in", "How long it lives (default: for ever).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -48,7 +51,9 @@ def list_all(ctx: typer.Context, principal: Principal = None, as_json: Json = Fa
 def rotate(
     ctx: typer.Context,
     key_id: KeyId,
-    overlap: Annotated[int | None, duration_option("--overlap", "How long the old key stays alive (default: 1d).")] = None,
+    overlap: Annotated[
+        int | None, duration_option("--overlap", "How long the old key stays alive (default: 1d).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Issue a successor of a key; the old one stays alive for a while."""

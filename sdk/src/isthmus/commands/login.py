@@ -37,7 +37,9 @@ def log_in(
     name = profile or around.profile
     write_profiles(path, {**read_profiles(path), name: stored})
     if stored.url.startswith("http://") and "//localhost" not in stored.url and "//127." not in stored.url:
-        around.note("This address is plain http: whoever is on the way can read the key. Use https outside of a laptop.")
+        around.note(
+            "This address is plain http: whoever is on the way can read the key. Use https outside of a laptop."
+        )
     if as_json:
         write_json(around, {"profile": name, "url": stored.url, "me": plain(me)})
     else:

@@ -14,7 +14,8 @@ from isthmus.wire.jobs import ApproveParticipation, ParticipationState, RejectPa
 app = typer.Typer(no_args_is_help=True, help="Participations: datasets' parts in jobs, and the grants on them.")
 
 Reference = Annotated[
-    str, typer.Argument(metavar="PARTICIPATION", help="Its id, or its dataset (organization/name) if only one is meant.")
+    str,
+    typer.Argument(metavar="PARTICIPATION", help="Its id, or its dataset (organization/name) if only one is meant."),
 ]
 Job = Annotated[UUID | None, typer.Option("--job", metavar="JOB_ID", help="Only of this job.")]
 Note = Annotated[str, typer.Option(help="Why, for the record.")]
@@ -46,6 +47,7 @@ def show(ctx: typer.Context, participation: Reference, job: Job = None, as_json:
 @app.command()
 def approve(
     ctx: typer.Context,
+    *,
     participation: Reference,
     job: Job = None,
     purpose: Annotated[str | None, typer.Option(help="For what (default: the job's purpose).")] = None,

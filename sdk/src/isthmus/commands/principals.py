@@ -17,9 +17,12 @@ app = typer.Typer(no_args_is_help=True, help="Principals: those who hold API key
 @app.command()
 def create(
     ctx: typer.Context,
+    *,
     name: Annotated[str, typer.Argument(help="A short name, as ada.")],
     role: Annotated[Role, typer.Option(help="Workers are not created here: they enrol with a token.")],
-    organization: Annotated[str | None, typer.Option(metavar="ORG", help="A steward's organization, by name or id.")] = None,
+    organization: Annotated[
+        str | None, typer.Option(metavar="ORG", help="A steward's organization, by name or id.")
+    ] = None,
     display_name: Annotated[str | None, typer.Option(help="The name for people (default: the short one).")] = None,
     key: Annotated[bool, typer.Option("--key", help="Issue a first API key too. It is shown only here.")] = False,
     as_json: Json = False,

@@ -30,7 +30,12 @@ PATIENT: Final = Retries(attempts=10, total_s=300.0)
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     return Console(
-        stderr=stderr, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else 200, soft_wrap=False
+        stderr=stderr,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        width=None if stream.isatty() else 200,
+        soft_wrap=False,
     )
 
 
@@ -87,11 +92,11 @@ class Session:
 
 
 @contextmanager
-def connected(ctx: typer.Context, retries: Retries = AT_ONCE) -> Iterator[Session]:
+def connected(ctx: typer.Context, retries: Retries | None = None) -> Iterator[Session]:
     """The session that the environment or the profile names."""
     around = surroundings(ctx)
     credentials = current(around.environ, around.profile)
-    with around.connect(credentials.url, credentials.key, retries) as client:
+    with around.connect(credentials.url, credentials.key, retries or AT_ONCE) as client:
         yield Session(client, around)
 
 

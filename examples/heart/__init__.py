@@ -1,0 +1,1 @@
+"""Four hospitals train one model of heart disease."""

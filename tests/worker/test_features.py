@@ -1,0 +1,167 @@
+"""From records to numbers, and which of them are held out."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isthmus.wire.data import DataSpec, FeatureStatistics
+from isthmus_worker.data import Cell, Table, fingerprint
+from isthmus_worker.features import encode_inputs, encode_targets, number_column, require_two_classes
+from isthmus_worker.measuring import measure_columns
+from isthmus_worker.refusals import DataRefused
+from isthmus_worker.splitting import held_out
+
+KEY = b"k" * 32
+
+
+def _table(**columns: list[Cell]) -> Table:
+    rows = list(zip(*columns.values(), strict=True))
+    return Table(columns=columns, fingerprints=[fingerprint(row) for row in rows])
+
+
+def _data(*features: dict[str, Any], **changes: Any) -> DataSpec:
+    plain = {"task": "classification", "features": features, "target": "y", "classes": 2, "standardize": "federated"}
+    return DataSpec.model_validate({**plain, **changes})
+
+
+def _statistics(**mean_and_variance: tuple[float, float]) -> FeatureStatistics:
+    means, variances = zip(*mean_and_variance.values(), strict=True)
+    count = [10.0] * len(means)
+    return FeatureStatistics(
+        names=list(mean_and_variance), count=count, mean=list(means), variance=list(variances), rows=10, sites=2
+    )
+
+
+def test_columns_follow_the_features_with_indicators_beside_their_own() -> None:
+    data = _data(
+        {"name": "age"},
+        {"name": "chol", "missing": "indicate"},
+        {"name": "kind", "categories": ["b", "a", "1"], "missing": "indicate"},
+        {"name": "raw", "standardize": False, "missing": "impute"},
+    )
+    table = _table(age=["60", 40.0], chol=["250", None], kind=["a", None], raw=[None, "5"], y=[0, 1])
+
+    inputs = encode_inputs(table, data, _statistics(age=(50, 100), chol=(200, 0), raw=(7, 4)))
+
+    assert inputs.dtype == np.float32
+    assert inputs.tolist() == [
+        [1, 50, 0, 0, 1, 0, 0, 7],  # chol is constant over all sites: only centred
+        [-1, 0, 1, 0, 0, 0, 1, 5],
+    ]
+
+
+def test_without_standardization_numbers_enter_as_they_are() -> None:
+    data = _data({"name": "age"}, {"name": "code", "categories": ["0", "1"]}, standardize="none")
+
+    inputs = encode_inputs(_table(age=["60"], code=[1.0], y=[0]), data, None)
+
+    assert inputs.tolist() == [[60, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("feature", "cells", "complaint"),
+    [
+        ({"name": "a"}, ["1", "secret"], "Column 'a' must hold numbers; 1 records"),
+        ({"name": "a"}, ["1", None], "Column 'a' has 1 missing values"),
+        ({"name": "a"}, ["1", "1e300"], "Column 'a' holds numbers too large"),
+        ({"name": "a", "categories": ["x"]}, ["x", "secret"], "Column 'a' holds a category that the job does not list"),
+        ({"name": "a", "categories": ["x"]}, ["x", None], "Column 'a' has 1 missing values"),
+        ({"name": "b"}, ["1", "2"], "no column 'b'"),
+    ],
+)
+def test_a_column_that_does_not_fit_is_named_without_a_value(
+    feature: dict[str, Any], cells: list[Cell], complaint: str
+) -> None:
+    with pytest.raises(DataRefused, match=complaint) as refusal:
+        encode_inputs(_table(a=cells, y=[0, 1]), _data(feature, standardize="none"), None)
+
+    assert "secret" not in str(refusal.value)
+
+
+def test_targets_are_whole_numbers_or_labels_in_their_order() -> None:
+    whole, words = _data("a"), _data("a", classes=None, labels=["well", "ill"])  # type: ignore[arg-type]  # a bare name
+
+    assert encode_targets(_table(y=["1", "0.0", 1]), whole).tolist() == [1, 0, 1]
+    assert encode_targets(_table(y=["ill", "well"]), words).tolist() == [1, 0]
+    regression = DataSpec.model_validate({"task": "regression", "features": ["a"], "target": "y"})
+    numbers = encode_targets(_table(y=["1.5", "2"]), regression)
+    assert (str(numbers.dtype), numbers.tolist()) == ("float32", [[1.5], [2.0]])
+
+
+@pytest.mark.parametrize(
+    ("cells", "complaint"), [(["2"], "0 to 1"), (["0.5"], "0 to 1"), (["secret"], "0 to 1"), ([None], "missing in 1")]
+)
+def test_a_target_that_does_not_fit_is_named_without_a_value(cells: list[Cell], complaint: str) -> None:
+    with pytest.raises(DataRefused, match=f"'y'.*{complaint}") as refusal:
+        encode_targets(_table(y=cells), _data({"name": "a"}))
+
+    assert "secret" not in str(refusal.value)
+
+
+def test_one_class_only_cannot_be_trained_on() -> None:
+    data = _data({"name": "a"})
+    with pytest.raises(DataRefused, match="'y'"):
+        require_two_classes(data, np.array([1, 1, 1]))
+
+    require_two_classes(data, np.array([1, 0]))
+
+
+def test_statistics_are_those_of_the_training_rows_and_of_what_is_not_missing() -> None:
+    data = _data({"name": "a", "missing": "impute"})
+    table = _table(a=["1", "3", None, "1000"], y=[0, 1, 0, 1])
+
+    found = measure_columns(table, data, np.array([True, True, True, False]))
+
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "statistics/count": [2.0], "statistics/mean": [2.0], "statistics/m2": [2.0], "statistics/rows": 3.0,
+    }  # fmt: skip
+    assert all(array.dtype == np.float64 for array in found.values())
+
+
+def test_number_columns_keep_double_precision() -> None:
+    assert number_column(_table(a=["0.1"]), _data({"name": "a"}).features[0])[0] == 0.1
+
+
+def _rows(number: int) -> tuple[list[bytes], np.ndarray[Any, np.dtype[np.int64]]]:
+    return [fingerprint([index]) for index in range(number)], np.array(
+        [index % 3 == 0 for index in range(number)], np.int64
+    )
+
+
+def test_of_each_label_the_given_share_is_held_out_rounded_down() -> None:
+    fingerprints, labels = _rows(100)
+
+    marks = held_out(labels, fingerprints, 0.29, KEY)
+
+    assert [int(marks[labels == label].sum()) for label in (0, 1)] == [19, 9]  # 66 and 34 rows
+    assert held_out(np.zeros(100, np.int64), fingerprints, 0.29, KEY).sum() == 29  # not 28, as floats would have it
+
+
+def test_the_same_records_are_held_out_in_any_order_and_more_of_them_with_a_larger_share() -> None:
+    fingerprints, labels = _rows(60)
+    turned = np.random.default_rng(0).permutation(60)
+
+    small, large = held_out(labels, fingerprints, 0.2, KEY), held_out(labels, fingerprints, 0.4, KEY)
+    again = held_out(labels[turned], [fingerprints[row] for row in turned], 0.2, KEY)
+
+    assert (small <= large).all()
+    assert set(turned[again]) == set(np.flatnonzero(small))
+
+
+def test_another_key_holds_out_other_rows() -> None:
+    fingerprints, labels = _rows(60)
+
+    assert (held_out(labels, fingerprints, 0.2, KEY) != held_out(labels, fingerprints, 0.2, b"x" * 32)).any()
+
+
+def test_equal_records_are_held_out_one_by_one_and_small_labels_not_at_all() -> None:
+    marks = held_out(np.array([0] * 10 + [1] * 4), [b"same"] * 14, 0.2, KEY)
+
+    assert np.flatnonzero(marks).tolist() == [0, 1]
+
+
+def test_nothing_is_held_out_with_a_share_of_zero() -> None:
+    fingerprints, labels = _rows(5)
+
+    assert not held_out(labels, fingerprints, 0.0, KEY).any()

@@ -1,0 +1,336 @@
+"""The journal: one noising a round, and nothing left without a record of it, killed at every step."""
+
+import os
+import signal
+import sqlite3
+import warnings
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from uuid import UUID
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+import isthmus_worker.journal as journal_module
+from isthmus.client import Client, Refused, Unreachable
+from isthmus.wire.problems import ProblemCode, problem
+from isthmus.wire.rounds import TaskOffer, UpdateReceipt, receipt_bytes
+from isthmus_worker.journal import BytesDamaged, Journal, Release, ReleaseState, TransitionRefused, key_of
+from isthmus_worker.release import HandedIn, hand_in
+from isthmus_worker.state import StateDir, StateInUse
+from tests.worker.factories import make_offer
+from tests.worker.fake_service import NOW
+
+KEY = Ed25519PrivateKey.generate()
+PINNED = KEY.public_key().public_bytes_raw().hex()
+OFFER = make_offer()
+
+
+def _prepare(journal: Journal, state: StateDir, content: bytes = b"noised", offer: TaskOffer = OFFER) -> Release:
+    draft = state.scratch / "upload.safetensors"
+    draft.write_bytes(content)
+    return journal.prepare(
+        offer, draft, digest=sha256(content).hexdigest(), size_bytes=len(content), metrics={"train/loss": 0.5}
+    )
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> StateDir:
+    """An empty state directory."""
+    return StateDir.open(tmp_path / "state")
+
+
+@pytest.fixture
+def journal(state: StateDir) -> Journal:
+    """Its journal."""
+    return Journal.open(state)
+
+
+class Desk:
+    """A service that keeps what it heard in a folder, so that it outlives its workers."""
+
+    def __init__(self, folder: Path) -> None:
+        self._admitted, self._stored, self.log = folder / "admitted", folder / "stored", folder / "sent"
+
+    def submit_update(
+        self, task_id: UUID, path: Path, *, digest: str, fence: int, on_admitted: Callable[[], None], progress: object
+    ) -> UpdateReceipt:
+        """Admission, body, receipt, as the real one."""
+        if not (self._stored.exists() and self._stored.read_text() == digest):
+            if self._admitted.exists() and self._admitted.read_text() != digest:
+                raise Refused(problem(ProblemCode.UPDATE_CONFLICT, "other bytes were admitted"))
+            self._admitted.write_text(digest)
+            on_admitted()
+            with self.log.open("a") as log:
+                log.write(digest + "\n")
+            assert sha256(path.read_bytes()).hexdigest() == digest
+            self._stored.write_text(digest)
+        signature = KEY.sign(receipt_bytes(task_id, digest, NOW)).hex()
+        return UpdateReceipt(task_id=task_id, digest=digest, received_at=NOW, signature=signature)
+
+    def sent(self) -> list[str]:
+        """Digests of which bytes have left."""
+        return self.log.read_text().split() if self.log.exists() else []
+
+
+def _live(folder: Path) -> None:
+    """What an agent does with one offer, from its start on, with fresh noise wherever it computes."""
+    state = StateDir.open(folder / "state")
+    journal = Journal.open(state)
+    client = cast(Client, SimpleNamespace(tasks=Desk(folder)))
+    journal.recover()
+    for left in journal.open_releases():
+        hand_in(client, journal, left, service_public_key=PINNED)
+    release = journal.find(key_of(OFFER)) or _prepare(journal, state, os.urandom(32))
+    if release.path is not None:
+        hand_in(client, journal, journal.readdress(release, OFFER), service_public_key=PINNED)
+    journal.close()
+
+
+def _killed_at(step: int, folder: Path) -> bool:
+    """Live in a process that is killed at the given step; whether it came to that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of threads; the child starts none
+        pid = os.fork()
+    if pid == 0:
+        try:
+            _count_down(step)
+            _live(folder)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the agent itself failed"
+    return os.WIFSIGNALED(status)
+
+
+def _count_down(step: int) -> None:
+    left = [step]
+
+    def tick() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*args: Any, **more: Any) -> Any:
+            tick()
+            result = real(*args, **more)
+            tick()
+            return result
+
+        setattr(owner, name, wrapped)
+
+    for owner, name in (
+        (journal_module, "sync_file"), (journal_module, "move_durably"), (journal_module._Transaction, "__enter__"),
+        (journal_module._Transaction, "__exit__"), (Journal, "readdress"), (Journal, "note_asking"),
+        (Journal, "_advance"), (Journal, "_drop_bytes"), (Journal, "recover"), (Desk, "submit_update"),
+        (Path, "write_text"), (Path, "unlink"), (Path, "read_bytes"),
+    ):  # fmt: skip
+        around(owner, name)
+
+
+def test_killed_at_any_step_nothing_leaves_unrecorded_and_only_one_noising_ever_leaves(tmp_path: Path) -> None:
+    step, killed = 0, True
+    while killed:
+        step += 1
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        killed = _killed_at(step, folder)
+        desk, state = Desk(folder), StateDir.open(folder / "state")
+        if desk.sent():
+            journal = Journal.open(state)
+            release = journal.find(key_of(OFFER))
+            assert release is not None
+            assert release.state in journal_module.SPENT
+            assert desk.sent() == [release.digest]
+            journal.close()
+
+        _killed_at(step + 3, folder)  # and killed once more, somewhere else
+        _killed_at(0, folder)
+
+        journal = Journal.open(state)
+        release = journal.find(key_of(OFFER))
+        assert release is not None
+        assert release.state is ReleaseState.ACKNOWLEDGED
+        assert set(desk.sent()) == {release.digest}
+        assert not list(state.releases.iterdir())
+        journal.close()
+    assert step > 20
+
+
+def test_a_release_is_unique_and_every_later_offer_of_its_round_finds_it(journal: Journal, state: StateDir) -> None:
+    release = _prepare(journal, state)
+
+    later = OFFER.model_copy(update={"task_id": UUID(int=99), "fence": 7, "attempt": 2})
+    found = journal.find(key_of(later))
+
+    assert found == release
+    assert journal.readdress(release, later).fence == 7
+    with pytest.raises(sqlite3.IntegrityError):
+        _prepare(journal, state, b"noised again")
+
+
+def test_what_was_released_cannot_be_discarded_and_what_was_not_cannot_be_acknowledged(
+    journal: Journal, state: StateDir
+) -> None:
+    release = _prepare(journal, state)
+    receipt = UpdateReceipt(task_id=OFFER.task_id, digest=release.digest, received_at=NOW, signature="")
+
+    with pytest.raises(TransitionRefused):
+        journal.mark_acknowledged(release, receipt)
+    journal.mark_released(release)
+    with pytest.raises(TransitionRefused):
+        journal.discard(release, "no")
+    with pytest.raises(TransitionRefused):
+        journal.mark_released(release)
+    journal.mark_acknowledged(release, receipt)
+
+    found = journal.find(key_of(OFFER))
+    assert found is not None
+    assert (found.state, found.path, found.digest) == (ReleaseState.ACKNOWLEDGED, None, release.digest)
+
+
+def test_bytes_that_are_not_those_named_are_not_taken_over(journal: Journal, state: StateDir) -> None:
+    draft = state.scratch / "upload.safetensors"
+    draft.write_bytes(b"half of it")
+
+    with pytest.raises(BytesDamaged):
+        journal.prepare(OFFER, draft, digest="0" * 64, size_bytes=20, metrics={})
+
+
+class Moody:
+    """A service that raises or, when nothing is left to raise, accepts."""
+
+    def __init__(self, desk: Desk, *moods: Exception, admits: bool = False) -> None:
+        self._desk, self._moods, self._admits = desk, list(moods), admits
+        self.calls = 0
+
+    def submit_update(self, task_id: UUID, path: Path, **more: Any) -> UpdateReceipt:
+        """One call."""
+        self.calls += 1
+        if self._moods:
+            if self._admits:
+                more["on_admitted"]()
+            raise self._moods.pop(0)
+        return self._desk.submit_update(task_id, path, **more)
+
+
+def _refused(code: ProblemCode) -> Refused:
+    return Refused(problem(code, "because"))
+
+
+@pytest.mark.parametrize(
+    ("code", "admitted", "becomes"),
+    [
+        (ProblemCode.ROUND_NOT_COLLECTING, False, ReleaseState.DISCARDED),
+        (ProblemCode.GRANT_WITHDRAWN, False, ReleaseState.DISCARDED),
+        (ProblemCode.TASK_NOT_OPEN, False, ReleaseState.DISCARDED),
+        (ProblemCode.UPDATE_CONFLICT, False, ReleaseState.DISCARDED),
+        (ProblemCode.LEASE_LOST, False, ReleaseState.PREPARED),
+        (ProblemCode.KEY_REVOKED, False, ReleaseState.PREPARED),
+        (ProblemCode.ROUND_NOT_COLLECTING, True, ReleaseState.RELEASED),
+        (ProblemCode.NON_FINITE, True, ReleaseState.RELEASED),
+    ],
+)
+def test_only_what_was_never_admitted_is_discarded(
+    state: StateDir, tmp_path: Path, code: ProblemCode, admitted: bool, becomes: ReleaseState
+) -> None:
+    journal = Journal.open(state)
+    release = _prepare(journal, state)
+    client = cast(Client, SimpleNamespace(tasks=Moody(Desk(tmp_path), _refused(code), admits=admitted)))
+
+    hand_in(client, journal, release, service_public_key=PINNED)
+
+    assert journal.counts()[becomes] == 1
+    assert bool(list(state.releases.iterdir())) == (becomes is not ReleaseState.DISCARDED)
+
+
+def test_an_admission_that_may_have_been_given_unheard_is_counted_as_spent(
+    journal: Journal, state: StateDir, tmp_path: Path
+) -> None:
+    moods = [Unreachable("there", "cut before the answer"), _refused(ProblemCode.ROUND_NOT_COLLECTING)]
+    client = cast(Client, SimpleNamespace(tasks=Moody(Desk(tmp_path), *moods)))
+
+    outcome, _ = hand_in(client, journal, _prepare(journal, state), service_public_key=PINNED, sleep=lambda _s: None)
+
+    assert outcome is HandedIn.KEPT
+    assert journal.counts()["released"] == 1
+
+
+def test_a_service_that_cannot_be_reached_or_is_busy_gets_the_same_bytes_until_it_answers(
+    journal: Journal, state: StateDir, tmp_path: Path
+) -> None:
+    moods = [Unreachable("there", "down"), _refused(ProblemCode.NOT_READY), Unreachable("there", "cut")]
+    tasks = Moody(Desk(tmp_path), *moods, admits=True)
+    release = _prepare(journal, state)
+    waits: list[float] = []
+
+    outcome, _ = hand_in(
+        cast(Client, SimpleNamespace(tasks=tasks)), journal, release, service_public_key=PINNED, sleep=waits.append
+    )
+
+    assert outcome is HandedIn.ACKNOWLEDGED
+    assert (tasks.calls, len(waits)) == (4, 3)
+    assert all(wait > 0 for wait in waits)
+
+
+def test_a_later_round_frees_the_bytes_of_earlier_ones_and_keeps_their_spend(journal: Journal, state: StateDir) -> None:
+    prepared = _prepare(journal, state, b"first")
+    second = make_offer(number=2)
+    released = _prepare(journal, state, b"second", second)
+    journal.mark_released(released)
+
+    journal.retire_before(str(OFFER.participation_id), 3)
+
+    assert journal.find(prepared.key) is None
+    found = journal.find(released.key)
+    assert found is not None
+    assert (found.state, found.path) == (ReleaseState.RELEASED, None)
+    assert not list(state.releases.iterdir())
+    assert "no longer held" in journal.ledger_objections(second, 100)[0]
+
+
+def test_no_more_rounds_are_released_than_the_grant_and_the_policy_say(journal: Journal, state: StateDir) -> None:
+    for number in (1, 2):
+        journal.mark_released(_prepare(journal, state, b"%d" % number, make_offer(number=number)))
+    third = make_offer(number=3)
+
+    assert journal.ledger_objections(third, 3) == []
+    assert "at most 2 pass" in journal.ledger_objections(third, 2)[0]
+    assert "at most 2 pass" in journal.ledger_objections(third.model_copy(update={"grant_rounds": 2}), 3)[0]
+    assert journal.ledger_objections(make_offer(number=2), 2) == []  # the same round again
+    assert journal.ledger_objections(make_offer(number=4), 2) == []  # evaluation is no training round
+
+
+def test_files_without_a_row_are_removed_at_the_start(journal: Journal, state: StateDir) -> None:
+    kept = _prepare(journal, state)
+    (state.releases / "orphan.safetensors").write_bytes(b"never prepared")
+
+    journal.recover()
+
+    assert list(state.releases.iterdir()) == [kept.path]
+
+
+def test_a_second_agent_on_the_same_state_is_refused(state: StateDir) -> None:
+    with state.locked(), pytest.raises(StateInUse, match="another agent"), StateDir.open(state.root).locked():
+        pass
+    with state.locked():
+        pass
+
+
+def test_keys_are_for_their_owner_only_and_stay_the_same(state: StateDir) -> None:
+    Journal.open(state).close()
+    identity, holdout = state.identity().public_key().public_bytes_raw(), state.holdout_key()
+
+    assert state.identity().public_key().public_bytes_raw() == identity
+    assert state.holdout_key() == holdout
+    assert state.root.stat().st_mode & 0o077 == 0
+    assert {path.name: path.stat().st_mode & 0o077 for path in state.root.iterdir() if path.is_file()} == {
+        "identity.key": 0, "holdout.key": 0, "journal.sqlite": 0,
+    }  # fmt: skip
