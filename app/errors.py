@@ -95,6 +95,12 @@ class UnsupportedMediaType(PlatformError):
     code = ProblemCode.UNSUPPORTED_MEDIA_TYPE
 
 
+class RangeNotSatisfiable(PlatformError):
+    """A range that begins after the end."""
+
+    code = ProblemCode.RANGE_NOT_SATISFIABLE
+
+
 class CursorInvalid(PlatformError):
     """A cursor that no list of ours gave out."""
 
@@ -128,7 +134,7 @@ class NameTaken(PlatformError):
     code = ProblemCode.NAME_TAKEN
 
     def __init__(self, noun: str, name: str) -> None:
-        super().__init__(f"There is already a {noun} named {name!r}. Names are never reused; choose another.")
+        super().__init__(f"The name {name!r} of a new {noun} is taken. Names are never reused; choose another.")
 
 
 class StateConflict(PlatformError):

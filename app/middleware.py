@@ -1,5 +1,6 @@
 """Pure ASGI middleware: small limits on JSON bodies, headers that browsers heed, one log line a request."""
 
+import contextlib
 import time
 
 import structlog
@@ -56,14 +57,15 @@ class BodyLimit:
 
         async def watched(message: Message) -> None:
             nonlocal started
+            if received > self._limit and not started:
+                return  # FastAPI takes what `counted` raises for a malformed body; our refusal is the answer
             started = True
             await send(message)
 
-        try:
+        with contextlib.suppress(_TooLarge):
             await self._app(scope, counted, watched)
-        except _TooLarge:
-            if not started:
-                await refusal(scope, receive, send)
+        if received > self._limit and not started:
+            await refusal(scope, receive, send)
 
 
 class SecureHeaders:

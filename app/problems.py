@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from sqlalchemy.exc import DataError, DBAPIError, OperationalError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from app.errors import PlatformError
 from isthmus.codec.errors import CodecError
@@ -109,6 +110,11 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     return render(problem(code, str(error.detail)), headers=dict(error.headers or {}))
 
 
+async def _cut_off(request: Request, error: Exception) -> JSONResponse:
+    """The connection ended within the body. Nobody hears this; it is no failure of ours."""
+    return render(problem(ProblemCode.LENGTH_MISMATCH, "The connection ended within the body: send it again."))
+
+
 async def _unstorable(request: Request, error: Exception) -> JSONResponse:
     """Postgres could not store a value that came with the request, such as a NUL character in a text."""
     return render(problem(ProblemCode.INVALID_REQUEST, "A value cannot be stored: texts may not hold NUL characters."))
@@ -135,6 +141,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(CodecError, _codec_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _cut_off)
     app.add_exception_handler(DataError, _unstorable)
     app.add_exception_handler(RecursionError, _too_deep)
     app.add_exception_handler(OperationalError, _database_gone)

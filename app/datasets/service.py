@@ -156,6 +156,7 @@ async def set_policy(session: AsyncSession, dataset_id: UUID, policy: UsePolicy,
     if policy != former:
         now = await clock(session)
         dataset.policy = policy.model_dump(mode="json")
+        dataset.policy_set_by = caller.principal_id
         await _decided(
             session,
             dataset,

@@ -22,7 +22,7 @@ from isthmus.wire.rounds import CheckpointView, RoundMetrics, RoundView, SiteMet
 
 def visible_to(caller: Caller) -> ColumnElement[bool]:
     """Admins see all jobs, researchers their own, stewards those that ask for a dataset of theirs."""
-    if caller.is_admin:
+    if caller.role is Role.ADMIN:
         return true()
     if caller.role is Role.RESEARCHER:
         return Job.owner_id == caller.principal_id

@@ -23,7 +23,7 @@ from app.dependencies import (
     Transaction,
     check_scope,
 )
-from app.errors import BodyTooLarge, InvalidRequest, LengthRequired, UnsupportedMediaType
+from app.errors import BodyTooLarge, InvalidRequest, LengthRequired, RangeNotSatisfiable, UnsupportedMediaType
 from app.federation.lifecycle import ENDED_JOBS
 from app.jobs import queries, service
 from app.jobs.initial_model import ModelInspector
@@ -136,7 +136,7 @@ async def put_model(
 
 def _declared_length(request: Request, largest: int) -> int:
     length = request.headers.get("content-length")
-    if length is None or not re.fullmatch("[0-9]{1,18}", length):
+    if length is None or not re.fullmatch("[0-9]{1,20}", length):
         raise LengthRequired("State the model's length in Content-Length.")
     if int(length) > largest:
         raise BodyTooLarge(f"A model has at most {largest} bytes here; {length} were declared.")
@@ -184,6 +184,10 @@ async def _checkpoint(parts: Parts, request: Request, digest: str, *, immutable:
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
     path = await parts.blobs.open_path(checkpoint_key(digest))
+    asked = re.fullmatch(r"bytes=(\d{1,18})-\d*", request.headers.get("range", ""))
+    size = path.stat().st_size
+    if asked is not None and int(asked.group(1)) >= size:
+        raise RangeNotSatisfiable(f"The checkpoint has {size} bytes; the range begins at {asked.group(1)}.")
     return FileResponse(path, media_type=TENSORS_MEDIA_TYPE, headers=headers)
 
 

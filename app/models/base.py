@@ -6,10 +6,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import DateTime, Dialect, Enum, Interval, MetaData, TypeDecorator
+from sqlalchemy import JSON, DateTime, Dialect, Enum, Interval, MetaData, TypeDecorator
 from sqlalchemy.sql.operators import OperatorType
 from sqlalchemy.types import TypeEngine
-from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase
 from uuid_utils import compat
 
@@ -59,6 +58,6 @@ class Base(DeclarativeBase):
     )
     type_annotation_map = {  # noqa: RUF012 -- read once by SQLAlchemy, never changed
         datetime: UtcDateTime,
-        dict[str, Any]: JSONB,
+        dict[str, Any]: JSON,  # not JSONB, which rewrites numbers (1e16, -0.0): what is hashed must come back as it was
         enum.StrEnum: Enum(enum.StrEnum, native_enum=False, length=40, values_callable=_enum_values),
     }

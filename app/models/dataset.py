@@ -31,5 +31,6 @@ class Dataset(Base):
     task_kinds: Mapped[list[str]] = mapped_column(ARRAY(String))
     description: Mapped[str]
     policy: Mapped[dict[str, Any]]
+    policy_set_by: Mapped[UUID | None] = mapped_column(ForeignKey("principals.id"))
     announced_at: Mapped[datetime]
     confirmed_at: Mapped[datetime | None]

@@ -20,7 +20,7 @@ _Granter = aliased(Principal)
 
 def visible_to(caller: Caller) -> ColumnElement[bool]:
     """Admins see all; stewards those of their organization; researchers those of their own jobs."""
-    if caller.is_admin:
+    if caller.role is Role.ADMIN:
         return true()
     if caller.role is Role.RESEARCHER:
         return Job.owner_id == caller.principal_id
@@ -28,7 +28,7 @@ def visible_to(caller: Caller) -> ColumnElement[bool]:
 
 
 
-def _statement() -> Select[Any]:
+def _statement() -> Select[*tuple[Any, ...]]:
     return (
         select(Participation, Job, Dataset.name, Organization.name, Principal.name, Grant, _Granter.name)
         .join(Job, Job.id == Participation.job_id)

@@ -88,18 +88,18 @@ async def _request(
         (EventKind.PARTICIPATION_REQUESTED, {"dataset": name, "purpose": spec.purpose})
     ]
     grant = None
-    rule = UsePolicy.model_validate(dataset.policy).automatic_approval
+    rule, ruler = UsePolicy.model_validate(dataset.policy).automatic_approval, dataset.policy_set_by
     if objections:
         participation.state = ParticipationState.REJECTED
         participation.detail = f"The dataset's policy refuses: {' '.join(objections)}"
         events.append((EventKind.PARTICIPATION_REJECTED, {"dataset": name, "detail": participation.detail}))
-    elif rule is not None and spec.rounds <= rule.max_rounds:
+    elif rule is not None and ruler is not None and spec.rounds <= rule.max_rounds:
         participation.state = ParticipationState.APPROVED
         grant = Grant(
             purpose=spec.purpose,
             expires_at=now + timedelta(days=rule.grant_days),
             rounds=spec.rounds,
-            granted_by=owner.id,
+            granted_by=ruler,
             granted_at=now,
             by_rule=True,
         )

@@ -202,14 +202,15 @@ async def pause_for_want(session: AsyncSession, job: Job, needed: int, now: date
     present = len(await list_candidates(session, job.id, now))
     job.state = advance_job(job.state, JobEvent.PAUSED)
     job.reason, job.paused_at = JobReason.TOO_FEW_PARTICIPATIONS, now
-    job.detail = f"{present} participations are approved and able, the next round needs {needed}. Get more, then resume."
+    job.detail = f"The round needs {needed} participations; {present} are approved and able to take part. Get more, then resume."
     await append(session, job_stream(job.id), EventKind.JOB_PAUSED, at=now, reason=job.reason.value, detail=job.detail)
     await announce_change(session, job.id)
 
 
 async def _complete(session: AsyncSession, job: Job, now: datetime) -> None:
     job.state = advance_job(job.state, JobEvent.COMPLETED)
-    job.reason, job.detail, job.ended_at = JobReason.ALL_ROUNDS_DONE, None, now
+    job.reason, job.ended_at = JobReason.ALL_ROUNDS_DONE, now
+    job.detail = f"All {job.rounds_completed} rounds are done."
     await append(
         session,
         job_stream(job.id),

@@ -54,7 +54,7 @@ async def _upload_headers(
     ],
 ) -> uploads.UploadHeaders:
     length = request.headers.get("content-length")
-    if length is None or not re.fullmatch("[0-9]{1,18}", length):
+    if length is None or not re.fullmatch("[0-9]{1,20}", length):
         raise LengthRequired("State the body's length in Content-Length: updates are admitted before they are read.")
     media_type = request.headers.get("content-type", "").partition(";")[0].strip()
     if media_type != TENSORS_MEDIA_TYPE:

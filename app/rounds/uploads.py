@@ -37,6 +37,7 @@ from app.wakeups import announce_change
 from isthmus.codec.header import length_bounds
 from isthmus.codec.scanner import UpdateScanner
 from isthmus.privacy.clipping import norm_bound
+from isthmus.wire.datasets import DatasetState
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobSpec, JobState, ParticipationState
 from isthmus.wire.manifest import Manifest
@@ -152,7 +153,9 @@ async def admit_update(
     job = await get_job(session, seen.job_id, "share")
     of = await get_round(session, seen.round_id, "share")
     task = await get_task(session, task_id, worker_id, "update")
-    participation, grant, dataset_id = await _participation(session, task.participation_id)
+    participation, grant, confirmed = await _participation(session, task.participation_id)
+    if not confirmed:
+        raise GrantWithdrawn("suspended, because its dataset is not confirmed")
     require_open(job, of, task, participation, headers.fence)
     spec = JobSpec.model_validate(job.spec)
     manifest = task_manifest(task.kind, spec, of.number, Manifest.model_validate(job.manifest))
@@ -171,7 +174,7 @@ async def admit_update(
         protected = task.kind is TaskKind.TRAIN
         await charge(
             session,
-            dataset_id=dataset_id,
+            dataset_id=participation.dataset_id,
             job_id=job.id,
             participation_id=participation.id,
             round_number=of.number,
@@ -197,16 +200,18 @@ async def admit_update(
     )
 
 
-async def _participation(session: AsyncSession, participation_id: UUID) -> tuple[Participation, Grant, UUID]:
+async def _participation(session: AsyncSession, participation_id: UUID) -> tuple[Participation, Grant, bool]:
+    """The participation and its grant under their locks, and whether its dataset is confirmed."""
     row = await session.execute(
-        select(Participation, Grant)
+        select(Participation, Grant, Dataset.state == DatasetState.CONFIRMED)
         .join(Grant, Grant.participation_id == Participation.id)
+        .join(Dataset, Dataset.id == Participation.dataset_id)
         .where(Participation.id == participation_id)
-        .with_for_update()
+        .with_for_update(of=(Participation, Grant))
         .execution_options(populate_existing=True)
     )
-    participation, grant = row.one()
-    return participation, grant, participation.dataset_id
+    participation, grant, confirmed = row.one()
+    return participation, grant, bool(confirmed)
 
 
 def require_open(job: Job, of: Round, task: Task, participation: Participation, fence: int) -> None:

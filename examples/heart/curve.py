@@ -1,6 +1,6 @@
 """The curve: how the federated model grows round by round, between what each hospital reaches alone and all pooled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -9,17 +9,17 @@ import matplotlib as mpl
 
 mpl.use("Agg")  # no window, on any machine
 
-from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
+from matplotlib import pyplot as plt
 
-from examples.heart.baselines import EVERYBODY, Score  # noqa: E402
-from examples.heart.hospitals import HOSPITALS  # noqa: E402
-from examples.heart.results import POOLED, Results, alone  # noqa: E402
+from examples.heart.baselines import EVERYBODY, Score
+from examples.heart.hospitals import HOSPITALS
+from examples.heart.results import POOLED, Results, alone
 
 INK: Final = "#22303c"
 MUTED: Final = "#7b8794"
 BLUE: Final = "#1764ab"
 RED: Final = "#c4512d"
-STYLE: Final[Mapping[str, Any]] = {
+STYLE: Final[Any] = {
     "font.family": "sans-serif",
     "font.size": 10.5,
     "text.color": INK,
@@ -52,7 +52,7 @@ def draw(by_round: Sequence[Score], results: Results, path: Path) -> None:
         by_round: how the model after each round does on everybody's held-out rows; the first is the initial one.
         results: the other models, for the lines across.
     """
-    with mpl.rc_context(dict(STYLE)):
+    with mpl.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(11.5, 5.2), dpi=150)
         accuracies = [score.accuracy for score in by_round]
         _panel(panels[0], "Accuracy", accuracies, _references(results, "accuracy"))

@@ -1,4 +1,4 @@
-"""Where the demo's service keeps its records: an embedded Postgres, or a database of its own on a server given to it."""
+"""Where the demo's service keeps its records: an embedded Postgres, or a new database on a server that is given."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def settings_for(folder: Path) -> dict[str, str]:
 
 
 def clear(folder: Path) -> None:
-    """After the service has ended: drop the database made for it, or stop a Postgres that it could not stop any more."""
+    """After the service has ended: drop the database made for it, or stop a Postgres that it left behind."""
     if (record := _record(folder)).exists():
         if given := os.environ.get(VARIABLE):
             _execute(given, "DROP DATABASE IF EXISTS {} WITH (FORCE)", record.read_text().strip())

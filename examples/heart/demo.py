@@ -1,49 +1,226 @@
 """Four hospitals train one model together, on this machine: `make demo`, or `python -m examples.heart.demo`.
 
-The service, and each hospital's worker, is a process of its own; each worker has a folder that holds only its own rows.
-Read `play` for the story.
+The service and each hospital's worker are processes of their own; a worker has a folder that holds only its own rows.
+Read `play` for the story; the rest of this file is how it begins and how it ends.
 """
 
 import argparse
 import json
-import math
 import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
-from rich.console import Console
-from rich.markup import escape
-from rich.padding import Padding
-
-from examples.heart import database
 from examples.heart.federation import Federation
 from examples.heart.hospitals import HOSPITALS, JOB, RESEARCHER
-from examples.heart.processes import (
-    SERVICE,
-    Process,
-    ProcessDied,
-    Processes,
-    birth,
-    command,
-    environment_of_a_process,
-    record_in,
-    recorded,
-    stop,
-    tail,
+from examples.heart.processes import SERVICE, ProcessDied, Processes, command, tail
+from examples.heart.stage import (
+    DEFAULT,
+    FolderInUse,
+    Interrupted,
+    clear,
+    how_to_stop,
+    interruptible,
+    stop_kept,
+    undisturbed,
 )
+from examples.heart.telling import Teller, console_of_the_demo, shown
 from examples.heart.watching import watch
 from isthmus.client import IsthmusError
 from isthmus.jobfile import load_job
+from isthmus.submission import submit
+from isthmus.wire.datasets import DatasetView
+from isthmus.wire.events import EventView
 from isthmus.wire.jobs import JobSpec, JobState, JobView
-from isthmus.wire.rounds import TaskKind
 
-FOLDER: Final = Path(__file__).parents[2] / ".demo"
+FAILED: Final = 1
+
+
+class JobUnsuccessful(Exception):
+    """The job ended otherwise than completed."""
+
+
+def play(federation: Federation, teller: Teller, *, keep: bool) -> None:
+    """The story: from nothing to a model that four hospitals have trained, and what it is worth."""
+    began = time.monotonic()
+    spec = load_job(JOB)
+    teller.title("Isthmus: four hospitals train one model together. No patient's record leaves its hospital.")
+
+    federation.start_service()
+    load_what_comes_later()
+    federation.await_service()
+    ready = time.monotonic()
+    teller.say("service", f"{federation.url}, with a Postgres of its own", seconds=ready - began)
+
+    federation.admit()
+    federation.start_workers(spec)
+    datasets = federation.open_datasets(spec)
+    teller.say("hospitals", *who_takes_part(datasets), seconds=time.monotonic() - ready)
+    teller.say("stewards", *what_is_allowed(spec))
+
+    researcher = federation.client(RESEARCHER)
+    job = submit(researcher, spec)
+    teller.say("job", *what_is_asked(spec))
+    teller.say("privacy", *what_is_claimed(spec))
+    teller.gap()
+    watch(heard(federation, job), spec.rounds, teller.console)
+    job = completed(researcher.jobs.get(job.id))
+    download(federation, job)
+
+    from examples.heart.comparison import compare  # noqa: PLC0415 - loaded by now, while the service started
+    from examples.heart.curve import draw  # noqa: PLC0415
+    from examples.heart.results import conclusions, results_table  # noqa: PLC0415
+
+    results, by_round = compare(federation, job)
+    teller.gap()
+    teller.console.print(results_table(results))
+    for sentence in conclusions(results):
+        teller.console.print(sentence)
+        teller.gap()
+    curve = federation.folder / "curve.png"
+    draw(by_round, results, curve)
+    federation.processes.await_end("download")
+
+    model = federation.folder / "model"
+    teller.say("model", f"{shown(model / 'model.safetensors')}, and model.json, which tells what it is")
+    teller.say("curve", shown(curve))
+    docs = f"{federation.url}/docs"
+    teller.say("docs page", docs if keep else f"{docs} while the service runs: make demo KEEP=1 lets it")
+    teller.say("all in all", f"{time.monotonic() - began:.1f} s")
+
+
+def load_what_comes_later() -> None:
+    """Import torch and the rest while the service starts, and before the workers need the processor."""
+    from examples.heart import comparison, curve  # noqa: F401, PLC0415
+
+
+def who_takes_part(datasets: Sequence[DatasetView]) -> list[str]:
+    """The hospitals, with the patients that their workers announced."""
+    rows = {view.organization: view.rows for view in datasets}
+    named = [f"{hospital.short} ({rows[hospital.name]} patients)" for hospital in HOSPITALS]
+    return [", ".join(named), f"{len(named)} workers enrolled, each a process with a folder of its own rows only"]
+
+
+def what_is_allowed(spec: JobSpec) -> list[str]:
+    """The policy that every steward has set."""
+    privacy = spec.privacy
+    return [
+        "data confirmed; what they allow, and approve by rule:",
+        f"{spec.purpose}, clip norm up to {privacy.clip_norm:g}, noise multiplier from {privacy.noise_multiplier:g}, "
+        f"rounds of at least {spec.cohort.min_updates} hospitals",
+    ]
+
+
+def what_is_asked(spec: JobSpec) -> list[str]:
+    """The job in a few words."""
+    manifest = spec.model.plan(spec.data.input_shape).manifest
+    parameters = sum(tensor.elements for tensor in manifest.tensors.values())
+    return [
+        f"{shown(JOB)}: {spec.rounds} rounds of {spec.strategy.kind} over {len(HOSPITALS)} hospitals, "
+        f"{len(spec.data.features)} features, {spec.data.width} inputs, {parameters} parameters"
+    ]
+
+
+def what_is_claimed(spec: JobSpec) -> list[str]:
+    """What protects the patients, and what does not."""
+    privacy = spec.privacy
+    return [
+        f"clip norm {privacy.clip_norm:g}, noise multiplier {privacy.noise_multiplier:g}: no epsilon is claimed",
+        "release: exact, so loss, accuracy and AUC leave un-noised; so do the columns' means and variances",
+    ]
+
+
+def heard(federation: Federation, job: JobView) -> Iterator[EventView]:
+    """The job's events, as long as every process lives."""
+    for event in federation.client(RESEARCHER).jobs.events(job.id):
+        federation.processes.require_all()
+        yield event
+
+
+def completed(job: JobView) -> JobView:
+    """The job, if it went well.
+
+    Raises:
+        JobUnsuccessful: it did not.
+    """
+    if job.state is not JobState.COMPLETED:
+        raise JobUnsuccessful(f"The job is {job.state}: {job.detail or job.reason or 'no reason was given'}")
+    return job
+
+
+def download(federation: Federation, job: JobView) -> None:
+    """Have the command line fetch the model, as a researcher would; `download` ends by itself."""
+    environment = {"ISTHMUS_URL": federation.url, "ISTHMUS_API_KEY": federation.keys[RESEARCHER]}
+    words: list[str | Path] = ["job", "download", str(job.id), federation.folder / "model"]
+    federation.processes.start(
+        "download", [command("isthmus"), *words], folder=federation.folder, environment=environment
+    )
+
+
+def leave_running(federation: Federation, teller: Teller) -> None:
+    """Tell how to use what is left running, and how to end it."""
+    keys = federation.folder / "keys.json"
+    with os.fdopen(os.open(keys, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(federation.keys, file, indent=2)
+    longest = max(map(len, federation.keys))
+    teller.gap()
+    teller.say("running", "the service and four workers; they do not end by themselves")
+    teller.spell("address", federation.url)
+    teller.spell("docs page", f"{federation.url}/docs")
+    teller.spell("keys", *(f"{name:<{longest}}  {key}" for name, key in federation.keys.items()))
+    teller.spell("", f"they are in {shown(keys)}, too")
+    use = f"ISTHMUS_URL={federation.url} ISTHMUS_API_KEY={federation.keys[RESEARCHER]}"
+    teller.spell("use it", f"export {use}", f"{shown(command('isthmus'))} job list")
+    teller.spell("stop it", how_to_stop(federation.folder))
+    federation.kept = True
+
+
+def run(folder: Path, teller: Teller, *, keep: bool) -> int:
+    """One run in `folder`; the exit code."""
+    try:
+        clear(folder)
+    except FolderInUse as error:
+        teller.console.print(str(error))
+        return FAILED
+    processes = Processes(folder, keep=keep)
+    try:
+        with interruptible(), Federation(folder, processes) as federation:
+            play(federation, teller, keep=keep)
+            if keep:
+                leave_running(federation, teller)
+    except Interrupted as interrupted:
+        teller.console.print(f"\nStopped by {interrupted}; nothing is left running.")
+        return 128 + interrupted.number
+    except ProcessDied as error:
+        return explain(teller, error, error.log)
+    except (IsthmusError, JobUnsuccessful, OSError) as error:
+        return explain(teller, error, processes.log(SERVICE))
+    return 0
+
+
+def explain(teller: Teller, error: Exception, log: Path) -> int:
+    """Say what went wrong, with the end of the log that tells more."""
+    teller.console.print(f"\nThe demo failed: {error}")
+    teller.console.print(f"The end of {shown(log)}; others lie beside it:\n\n{tail(log)}", soft_wrap=True)
+    return FAILED
+
+
+def main() -> int:
+    """The program."""
+    parser = argparse.ArgumentParser(prog="python -m examples.heart.demo", description=__doc__.partition("\n")[0])
+    parser.add_argument("--keep", action="store_true", help="leave the service and the workers running")
+    parser.add_argument("--stop", action="store_true", help="end what an earlier run left running, and do nothing else")
+    parser.add_argument("--dir", type=Path, default=DEFAULT, help="the folder to play in; it is wiped first")
+    asked = parser.parse_args()
+    folder, teller = asked.dir.resolve(), Teller(console_of_the_demo())
+    if asked.stop:
+        with undisturbed():
+            stopped = stop_kept(folder)
+        teller.console.print("Stopped." if stopped else f"No demo runs in {shown(folder)}.")
+        return 0
+    return run(folder, teller, keep=asked.keep)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

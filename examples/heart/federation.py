@@ -13,7 +13,7 @@ from uuid import UUID
 from examples.heart import database
 from examples.heart.hospitals import DATASET, HOSPITALS, RESEARCHER, Hospital, Site, furnish, use_policy
 from examples.heart.processes import SERVICE, Processes, command
-from isthmus.client import Client, IsthmusError
+from isthmus.client import Client
 from isthmus.wire.datasets import DatasetState, DatasetView
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.organizations import CreateApiKey, CreateOrganization, CreatePrincipal, Role
@@ -78,13 +78,21 @@ class Federation:
         self._principal(RESEARCHER, "Researcher", Role.RESEARCHER)
 
     def start_workers(self, spec: JobSpec, hospitals: Sequence[Hospital] = HOSPITALS) -> None:
-        """What the hospitals do: a folder with their own rows, the worker enrolled with a one-time token, and started."""
+        """What the hospitals do: a folder with their own rows, a worker enrolled with a one-time token, and started."""
         for hospital in hospitals:
             site = furnish(hospital, self.folder, service_url=self.url, spec=spec)
             token = self.client(hospital.steward).organizations.issue_enrollment_token(
                 self._organizations[hospital.name]
             )
-            words = ["enroll", "--config", site.config, "--name", f"{hospital.name}-worker", "--token-file", "-"]
+            words: list[str | Path] = [
+                "enroll",
+                "--config",
+                site.config,
+                "--name",
+                f"{hospital.name}-worker",
+                "--token-file",
+                "-",
+            ]
             self.processes.start(
                 f"{hospital.name}-enroll", [command("isthmus-worker"), *words], folder=site.folder, text=token.token
             )
@@ -92,12 +100,10 @@ class Federation:
         for site in self.sites:
             name = site.hospital.name
             self.processes.await_end(f"{name}-enroll")
-            self.processes.start(
-                name, [command("isthmus-worker"), "run", "--config", site.config], folder=site.folder
-            )
+            self.processes.start(name, [command("isthmus-worker"), "run", "--config", site.config], folder=site.folder)
 
     def open_datasets(self, spec: JobSpec) -> list[DatasetView]:
-        """What the stewards do once their workers have announced the data: confirm it, and say what it may be used for."""
+        """What the stewards do once their workers have announced the data: confirm it, and say what it is for."""
         opened = []
         for site in self.sites:
             steward = self.client(site.hospital.steward)

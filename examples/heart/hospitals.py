@@ -73,7 +73,7 @@ def furnish(hospital: Hospital, root: Path, *, service_url: str, spec: JobSpec) 
 
 
 def use_policy(spec: JobSpec) -> UsePolicy:
-    """What every steward allows: this purpose, with at least the noise and at most the clip norm of the job, by rule."""
+    """What every steward allows, by rule: this purpose, with as much noise and as tight a clip as the job has."""
     return UsePolicy(
         purposes=(spec.purpose,),
         principals=(RESEARCHER,),

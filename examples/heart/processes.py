@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+DEMO: Final = "demo"
+"""Ended first, for it ends the others."""
 SERVICE: Final = "service"
 """Ended last: the others work for it."""
 PATIENCE_S: Final = 15.0
@@ -139,19 +141,25 @@ class Processes:
             process.poll()
 
     def _write(self) -> None:
+        ourselves = Process(DEMO, os.getpid(), birth(os.getpid()) or "gone")
         partial = self._record.with_suffix(".new")
-        partial.write_text(json.dumps([asdict(found) for found, _process in self._started], indent=2) + "\n")
+        partial.write_text(
+            json.dumps(
+                [asdict(found) for found in (ourselves, *(found for found, _process in self._started))], indent=2
+            )
+        )
         partial.replace(self._record)
 
 
 def stop(processes: Sequence[Process], reap: Callable[[], object] = lambda: None) -> None:
-    """End processes: first the workers, all at once, then the service. Who does not listen is killed.
+    """End processes: a demo itself, then the workers, all at once, then the service. Who does not listen is killed.
 
     Args:
         reap: lets go of our own children, which else stay zombies.
     """
-    workers = [process for process in processes if process.name != SERVICE]
-    for group in (workers, [process for process in processes if process.name == SERVICE]):
+    turns = {DEMO: 0, SERVICE: 2}
+    for turn in range(3):
+        group = [process for process in processes if turns.get(process.name, 1) == turn]
         for number in (signal.SIGTERM, signal.SIGKILL):
             for process in group:
                 if process.lives():
@@ -184,7 +192,9 @@ def birth(pid: int) -> str | None:
     except (FileNotFoundError, ProcessLookupError):
         if Path("/proc/self").exists():
             return None
-        told = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        told = subprocess.run(
+            ["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
+        )
         state, _, born = told.stdout.strip().partition(" ")
         return None if state.startswith("Z") or not born else born.strip()
     return None if state in ("Z", "X") else fields[18]

@@ -58,7 +58,7 @@ def conclusions(results: Results) -> list[str]:
     )
     said.append(
         f"Switzerland {compared} on its own {own.rows} held-out patients ({_percent(own)} against {_percent(there)}): "
-        "93 % of its patients are ill, so that answering \"ill\" for everybody is right for nearly all of them. With 8 "
+        '93 % of its patients are ill, so that answering "ill" for everybody is right for nearly all of them. With 8 '
         "healthy patients in all it can neither learn nor measure what health looks like; its AUC there is noise."
     )
     said.append(

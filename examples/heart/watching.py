@@ -1,4 +1,4 @@
-"""The job while it runs: one line that moves on a terminal, one line a round elsewhere. Told by the event stream alone."""
+"""The job while it runs, from its event stream: one line that moves on a terminal, one line a round elsewhere."""
 
 import statistics
 from collections.abc import Iterable

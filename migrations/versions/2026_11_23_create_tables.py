@@ -4,7 +4,7 @@ from typing import Final
 
 import sqlalchemy as sa
 from alembic import op
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY
 
 revision: Final = "2026_11_23_create_tables"
 down_revision: Final = None
@@ -140,7 +140,7 @@ def _create_idempotency_keys() -> None:
         sa.Column("route", sa.String(), nullable=False),
         sa.Column("key", sa.String(), nullable=False),
         sa.Column("body_digest", sa.String(), nullable=False),
-        sa.Column("answer", JSONB(), nullable=True),
+        sa.Column("answer", sa.JSON(), nullable=True),
         sa.Column("created_at", MOMENT, nullable=False),
         sa.PrimaryKeyConstraint("principal_id", "route", "key", name="pk_idempotency_keys"),
         sa.ForeignKeyConstraint(
@@ -169,7 +169,7 @@ def _create_events() -> None:
         sa.Column("kind", WORD, nullable=False),
         sa.Column("at", MOMENT, nullable=False),
         sa.Column("actor", sa.String(), nullable=False),
-        sa.Column("data", JSONB(), nullable=False),
+        sa.Column("data", sa.JSON(), nullable=False),
         sa.Column("previous_hash", sa.String(), nullable=False),
         sa.Column("hash", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_events"),
@@ -229,11 +229,12 @@ def _create_datasets() -> None:
         sa.Column("name", sa.String(), nullable=False),
         sa.Column("worker_id", sa.Uuid(), nullable=False),
         sa.Column("state", WORD, nullable=False),
-        sa.Column("data_schema", JSONB(), nullable=False),
+        sa.Column("data_schema", sa.JSON(), nullable=False),
         sa.Column("rows", sa.BigInteger(), nullable=False),
         sa.Column("task_kinds", ARRAY(sa.String()), nullable=False),
         sa.Column("description", sa.String(), nullable=False),
-        sa.Column("policy", JSONB(), nullable=False),
+        sa.Column("policy", sa.JSON(), nullable=False),
+        sa.Column("policy_set_by", sa.Uuid(), nullable=True),
         sa.Column("announced_at", MOMENT, nullable=False),
         sa.Column("confirmed_at", MOMENT, nullable=True),
         sa.PrimaryKeyConstraint("id", name="pk_datasets"),
@@ -241,6 +242,7 @@ def _create_datasets() -> None:
         sa.ForeignKeyConstraint(
             ["organization_id"], ["organizations.id"], name="fk_datasets_organization_id_organizations"
         ),
+        sa.ForeignKeyConstraint(["policy_set_by"], ["principals.id"], name="fk_datasets_policy_set_by_principals"),
         sa.ForeignKeyConstraint(["worker_id"], ["workers.id"], name="fk_datasets_worker_id_workers"),
         sa.CheckConstraint("rows > 0", name=op.f("ck_datasets_rows_above_zero")),
     )
@@ -256,12 +258,12 @@ def _create_jobs() -> None:
         sa.Column("state", WORD, nullable=False),
         sa.Column("reason", WORD, nullable=True),
         sa.Column("detail", sa.String(), nullable=True),
-        sa.Column("spec", JSONB(), nullable=False),
+        sa.Column("spec", sa.JSON(), nullable=False),
         sa.Column("spec_digest", sa.String(), nullable=False),
-        sa.Column("manifest", JSONB(), nullable=True),
+        sa.Column("manifest", sa.JSON(), nullable=True),
         sa.Column("model_digest", sa.String(), nullable=True),
         sa.Column("rounds_completed", sa.Integer(), nullable=False),
-        sa.Column("statistics", JSONB(), nullable=True),
+        sa.Column("statistics", sa.JSON(), nullable=True),
         sa.Column("created_at", MOMENT, nullable=False),
         sa.Column("paused_at", MOMENT, nullable=True),
         sa.Column("started_at", MOMENT, nullable=True),
@@ -331,7 +333,7 @@ def _create_rounds() -> None:
         sa.Column("accepted", sa.Integer(), nullable=False),
         sa.Column("model_digest", sa.String(), nullable=False),
         sa.Column("result_digest", sa.String(), nullable=True),
-        sa.Column("metrics", JSONB(), nullable=False),
+        sa.Column("metrics", sa.JSON(), nullable=False),
         sa.Column("detail", sa.String(), nullable=True),
         sa.Column("opened_at", MOMENT, nullable=False),
         sa.Column("closes_at", MOMENT, nullable=False),
@@ -404,7 +406,7 @@ def _create_updates() -> None:
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("weight", sa.Float(), nullable=False),
         sa.Column("l2_norm", sa.Float(), nullable=False),
-        sa.Column("released", JSONB(), nullable=False),
+        sa.Column("released", sa.JSON(), nullable=False),
         sa.Column("position", sa.Integer(), nullable=True),
         sa.Column("excluded", sa.Boolean(), nullable=False),
         sa.Column("received_at", MOMENT, nullable=False),

@@ -232,3 +232,14 @@ def test_the_weight_is_the_rows_declared_when_the_grant_was_given(make_federatio
     second.hand_in(second.claim(), filled(5.0))
     federation.finish(job)
     assert (federation.model(job)["0.bias"] == 2.0).all()
+
+
+def test_a_retired_dataset_releases_nothing_any_more(federation: Federation) -> None:
+    federation.start()
+    site = federation.sites[0]
+    offer = site.claim()
+    site.steward.datasets.retire(site.dataset.id)
+
+    with refused(ProblemCode.GRANT_WITHDRAWN):
+        site.hand_in(offer, filled(1.0))
+    assert not list(site.steward.datasets.ledger(site.dataset.id))

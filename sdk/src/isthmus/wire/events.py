@@ -63,7 +63,8 @@ class EventView(Response):
     stream: str
     """`job:<id>`, `organization:<id>` or `platform`."""
     sequence: int
-    kind: EventKind
+    kind: EventKind | str
+    """One of `EventKind`, or a newer service's that this version has no name for."""
     at: datetime
     actor: str
     """Name of the principal, or `service`."""
@@ -106,7 +107,7 @@ def verify_chain(events: Iterable[EventView], *, previous_hash: str = GENESIS, s
         expected = event_hash(
             stream=event.stream,
             sequence=event.sequence,
-            kind=event.kind.value,
+            kind=str(event.kind),
             at=event.at,
             actor=event.actor,
             data=event.data,
