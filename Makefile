@@ -11,10 +11,11 @@ STAMP := $(VENV)/.installed
 PIP   := $(RUN) -m pip --disable-pip-version-check --no-input -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo demo-stop test check format clean
 
 help:
-	@echo 'make demo      hospitals train one model together on this machine; KEEP=1 keeps what it made'
+	@echo 'make demo      hospitals train one model together on this machine; KEEP=1 leaves it running'
+	@echo 'make demo-stop ends what KEEP=1 left running'
 	@echo 'make test      all tests, on a real Postgres'
 	@echo 'make check     format, lint, types, imports'
 	@echo 'make format    put the code into shape'
@@ -53,6 +54,9 @@ $(STAMP): pyproject.toml sdk/pyproject.toml worker/pyproject.toml
 
 demo: install
 	@$(RUN) -m examples.heart.demo $(if $(filter 1,$(KEEP)),--keep)
+
+demo-stop: install
+	@$(RUN) -m examples.heart.demo --stop
 
 test: install
 	$(RUN) -m pytest -n auto

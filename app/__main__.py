@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Annotated
 import structlog
 import typer
 import uvicorn
+from fastapi import FastAPI
 from pydantic import ValidationError
 
 from app.admin.service import create_first_admin
 from app.coordinator import coordinating
 from app.database import migrate as migrate_database
 from app.database import open_engine, open_sessions
+from app.dependencies import Parts
 from app.main import create_app, open_parts
 from app.settings import Settings
 
@@ -78,6 +81,20 @@ def _configure_log() -> None:
     )
 
 
+class _Server(uvicorn.Server):
+    """Uvicorn, but when it is told to end, long polls and event streams do not make it wait."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Send those who wait to another process, then shut down as ever."""
+        parts: Parts = self._app.state.parts
+        parts.wakeups.close()
+        await super().shutdown(sockets)
+
+
 @cli.command()
 def serve(
     migrate: Annotated[bool, typer.Option(help="Bring the database's schema up to date first.")] = True,
@@ -88,8 +105,9 @@ def serve(
         if migrate:
             migrate_database(settings.resolved_database_url())
         _first_admin_for_development(settings)
+        app = create_app(settings)
         config = uvicorn.Config(
-            create_app(settings),
+            app,
             host=settings.host,
             port=settings.port,
             log_config=None,
@@ -98,7 +116,7 @@ def serve(
             timeout_graceful_shutdown=5,
             timeout_keep_alive=75,
         )
-        uvicorn.Server(config).run()
+        _Server(config, app).run()
 
 
 @cli.command()

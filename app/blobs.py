@@ -1,4 +1,4 @@
-"""Bodies at rest: models and updates. Spooled, digested and checked beside the stream; durable before they are spoken of."""
+"""Bodies at rest: models and updates. Spooled, digested, checked beside the stream; durable before they are spoken of."""
 
 import asyncio
 import contextlib
@@ -132,8 +132,7 @@ class DirectoryBlobStore:
 
     async def adopt(self, key: str, path: Path, digest: str) -> StoredBlob:
         """See `BlobStore`."""
-        size = path.stat().st_size
-        await anyio.to_thread.run_sync(_publish, path, self._path(key))
+        size = await anyio.to_thread.run_sync(_publish, path, self._path(key))
         return StoredBlob(key=key, digest=digest, size_bytes=size)
 
     async def open_path(self, key: str) -> Path:
@@ -182,7 +181,9 @@ class _Spool:
             raise LengthMismatch(f"The body ended after {self._received} of {self._length} declared bytes.")
         self._inspector.finish()
         if self._hash.hexdigest() != digest:
-            raise DigestMismatch("The bytes that arrived do not have the digest declared in Repr-Digest: send them again.")
+            raise DigestMismatch(
+                "The bytes that arrived do not have the digest declared in Repr-Digest: send them again."
+            )
         os.fsync(self._file)
         os.close(self._file)
         self._file = -1
@@ -196,8 +197,8 @@ class _Spool:
         self._path.unlink(missing_ok=True)
 
 
-def _publish(path: Path, target: Path) -> None:
-    """Give a synced file its name so that the name survives a power cut as well."""
+def _publish(path: Path, target: Path) -> int:
+    """Give a synced file its name so that the name survives a power cut as well; how long the file is."""
     missing = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.replace(target)
@@ -207,6 +208,7 @@ def _publish(path: Path, target: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    return target.stat().st_size
 
 
 async def _pieces(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes | bytearray]:

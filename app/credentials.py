@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 BASE62: Final = string.digits + string.ascii_letters
 KEY_PREFIX: Final = "isk"
-TOKEN_PREFIX: Final = "iet"
+TOKEN_PREFIX: Final = "iet"  # noqa: S105 -- the public beginning of a token
 ID_LENGTH: Final = 16  # 95 bits: ids never collide
 SECRET_LENGTH: Final = 43  # 256 bits
 CHECKSUM_LENGTH: Final = 6

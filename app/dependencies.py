@@ -126,7 +126,9 @@ def check_scope(caller: Caller, *scopes: Scope) -> Caller:
     """
     if not caller.scopes.intersection(scopes):
         wanted = " or ".join(f"`{scope}`" for scope in scopes)
-        raise Forbidden(f"This needs a key with scope {wanted}; yours has {', '.join(sorted(caller.scopes)) or 'none'}.")
+        raise Forbidden(
+            f"This needs a key with scope {wanted}; yours has {', '.join(sorted(caller.scopes)) or 'none'}."
+        )
     return caller
 
 

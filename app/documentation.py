@@ -12,10 +12,16 @@ from isthmus import __version__
 
 _TAGS: Final = [
     {"name": "jobs", "description": "Researchers: draft a job, give it a model, start it, watch it, take the model."},
-    {"name": "participations", "description": "Stewards: what is asked of your datasets; grant it, refuse it, take it back."},
+    {
+        "name": "participations",
+        "description": "Stewards: what is asked of your datasets; grant it, refuse it, take it back.",
+    },
     {"name": "datasets", "description": "Metadata of data that workers can read, use policies, and what was released."},
     {"name": "workers", "description": "Agents beside the data: they enrol with a one-time token."},
-    {"name": "tasks", "description": "What a worker does in a round: claim, heartbeat, hand in. Only outbound requests."},
+    {
+        "name": "tasks",
+        "description": "What a worker does in a round: claim, heartbeat, hand in. Only outbound requests.",
+    },
     {"name": "checkpoints", "description": "Models by digest."},
     {"name": "organizations", "description": "Data holders and their enrolment tokens."},
     {"name": "principals", "description": "Who holds keys."},
@@ -27,12 +33,12 @@ _TAGS: Final = [
 _DESCRIPTION: Final = """
 **Data stays, the model moves.** Isthmus lets organizations that may not share records train a model together.
 
-*Admins* create organizations and principals. *Workers* enrol with a one-time token and announce datasets: metadata, never
-rows. *Stewards* confirm datasets, set policies and grant participations. *Researchers* draft jobs, start them and take
-the model.
+*Admins* create organizations and principals. *Workers* enrol with a one-time token and announce datasets: metadata,
+never rows. *Stewards* confirm datasets, set policies and grant participations. *Researchers* draft jobs, start them and
+take the model.
 
-Every refusal is a problem document (RFC 9457) with a stable `code`. Lists answer `items` and `next_cursor`. Creations take
-`Idempotency-Key`. Times are RFC 3339 in UTC.
+Every refusal is a problem document (RFC 9457) with a stable `code`. Lists answer `items` and `next_cursor`. Creations
+take `Idempotency-Key`. Times are RFC 3339 in UTC.
 """
 
 
@@ -61,5 +67,10 @@ def install(app: FastAPI) -> None:
             swagger_js_url="/docs/assets/swagger-ui-bundle.js",
             swagger_css_url="/docs/assets/swagger-ui.css",
             swagger_favicon_url="/docs/assets/favicon-32x32.png",
-            swagger_ui_parameters={"docExpansion": "list", "defaultModelsExpandDepth": 0, "filter": True, "tryItOutEnabled": False},
+            swagger_ui_parameters={
+                "docExpansion": "list",
+                "defaultModelsExpandDepth": 0,
+                "filter": True,
+                "tryItOutEnabled": False,
+            },
         )

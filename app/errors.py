@@ -11,9 +11,7 @@ class PlatformError(Exception):
 
     code: ProblemCode
 
-    def __init__(
-        self, detail: str, *, errors: Sequence[FieldProblem] = (), retry_after_s: float | None = None
-    ) -> None:
+    def __init__(self, detail: str, *, errors: Sequence[FieldProblem] = (), retry_after_s: float | None = None) -> None:
         super().__init__(detail)
         self.detail = detail
         self.errors = list(errors)

@@ -116,8 +116,9 @@ async def _cut_off(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unstorable(request: Request, error: Exception) -> JSONResponse:
-    """Postgres could not store a value that came with the request, such as a NUL character in a text."""
-    return render(problem(ProblemCode.INVALID_REQUEST, "A value cannot be stored: texts may not hold NUL characters."))
+    """Postgres has no place for a value that came with the request, such as a NUL character in a text."""
+    detail = "A value cannot be stored: a number is too large, or a text holds a NUL character."
+    return render(problem(ProblemCode.INVALID_REQUEST, detail))
 
 
 async def _too_deep(request: Request, error: Exception) -> JSONResponse:

@@ -13,7 +13,7 @@ AGGREGATE_ROUND: Final = "aggregate_round"
 
 
 def open_queue(url: str) -> App:
-    """The queue on the database at `url`. Its jobs carry an id and nothing else; running one twice or never is harmless."""
+    """The queue on the database at `url`. Its jobs carry an id; running one twice or never is harmless."""
     return App(connector=PsycopgConnector(conninfo=libpq_url(url), min_size=1, max_size=4))
 
 

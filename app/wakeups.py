@@ -1,8 +1,8 @@
 """Waking who waits. One coalesced NOTIFY a job and change; a process that hears it wakes only whom it concerns.
 
 Waiting holds no database connection: a waiter is an `asyncio.Event`. A waiter registers before it looks for work, every
-waiter is woken after a reconnection, and every waiter looks once more before it gives up; so a lost notification costs a
-little time and never a task.
+waiter is woken after a reconnection, and every waiter looks once more before it gives up; so a lost notification costs
+a little time and never a task.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ RECONNECT_S: Final = 0.5
 
 
 async def announce_change(session: AsyncSession, job_id: UUID) -> None:
-    """Tell every process, when this transaction commits, that something of the job changed. Equal ones are coalesced."""
+    """Tell every process, when this transaction commits, that the job changed. Equal ones are coalesced."""
     await session.execute(select(func.pg_notify(CHANNEL, str(job_id))))
 
 
@@ -40,6 +40,8 @@ class Wakeups:
         self._workers: dict[UUID, set[asyncio.Event]] = {}
         self._jobs: dict[UUID, set[asyncio.Event]] = {}
         self.connected = asyncio.Event()
+        self.closing = False
+        """Whether the process is about to end: nobody waits here any more."""
 
     @contextlib.asynccontextmanager
     async def worker(self, worker_id: UUID) -> AsyncIterator[asyncio.Event]:
@@ -56,6 +58,11 @@ class Wakeups:
     def waiting(self) -> int:
         """How many workers wait in this process."""
         return len(self._workers)
+
+    def close(self) -> None:
+        """Wake everybody, for good: who waits looks once more and is then sent away, to wait at another process."""
+        self.closing = True
+        _set(event for events in (*self._workers.values(), *self._jobs.values()) for event in events)
 
     async def run(self) -> None:
         """Listen until cancelled; reconnect for ever."""

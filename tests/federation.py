@@ -1,9 +1,9 @@
 """A federation for tests of the engine: sites whose workers do by hand what agents do, over the real service.
 
-    def test_a_round_is_the_weighted_mean(federation: Federation) -> None:
-        job = federation.start(job_spec())
-        for site in federation.sites:
-            site.hand_in(site.claim(), filled(1.0))
+def test_a_round_is_the_weighted_mean(federation: Federation) -> None:
+    job = federation.start(job_spec())
+    for site in federation.sites:
+        site.hand_in(site.claim(), filled(1.0))
 """
 
 import hashlib
@@ -174,6 +174,7 @@ class Federation:
 
     def until_state(self, job: JobView, *states: JobState) -> JobView:
         """The job, once it is in one of these states."""
+
         def there() -> JobView | None:
             now = self.job(job)
             return now if now.state in states else None

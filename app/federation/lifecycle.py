@@ -2,10 +2,10 @@
 
 Theory of operation. A round *collects*: its tasks are offered, claimed, uploaded. It closes in one of three ways: enough
 updates are in (`TARGET_REACHED`); the deadline has come, or nobody can bring more, and the minimum is in
-(`DEADLINE_WITH_ENOUGH`); or the missing cannot be made up (`ATTEMPTS_EXHAUSTED`). Before it gives up it offers the missing
-tasks again (`OFFER_MISSING_AGAIN`) and keeps the updates that are in. Where it is grants that lack, its job pauses instead
-(`GRANTS_LACKING`); resumed, the round asks those that it did not ask before (`REFILLED`). A closed round *aggregates* a frozen set; that
-ends in a checkpoint, or in a rejection if the set has no finite mean.
+(`DEADLINE_WITH_ENOUGH`); or the missing cannot be made up (`ATTEMPTS_EXHAUSTED`). Before it gives up it offers the
+missing tasks again (`OFFER_MISSING_AGAIN`) and keeps the updates that are in. Where it is grants that lack, its job
+pauses instead (`GRANTS_LACKING`); resumed, the round asks those that it did not ask before (`REFILLED`). A closed round
+*aggregates* a frozen set; that ends in a checkpoint, or in a rejection if the set has no finite mean.
 
 Nothing outside of this file decides a phase. Nothing in it reads a clock: `now` is a parameter, and it is Postgres's.
 """
@@ -153,7 +153,7 @@ class RoundState:
         return self.accepted + self.open_tasks + self.offered_again >= self.min_updates
 
 
-def due_event(state: RoundState, now: datetime) -> RoundEvent | None:
+def due_event(state: RoundState, now: datetime) -> RoundEvent | None:  # noqa: PLR0911 -- it reads as a list of cases
     """What the passing of time and updates asks of a round at `now`; None if it should wait.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
 from app.audit.queries import list_events, page_events
@@ -42,6 +42,8 @@ from isthmus.wire.version import DIGEST_HEADER, EVENTS_MEDIA_TYPE, TENSORS_MEDIA
 router = APIRouter(tags=["jobs"])
 
 KEEP_ALIVE_S = 15.0
+LARGEST = 2**31 - 1
+"""Of the numbers that rounds and events have in the database."""
 
 _TENSORS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -55,9 +57,7 @@ _TENSORS: dict[int | str, dict[str, Any]] = {
     "/jobs",
     status_code=201,
     summary="Draft a job",
-    responses=refuses(
-        ProblemCode.EPSILON_NOT_AVAILABLE, ProblemCode.IDEMPOTENCY_CONFLICT, ProblemCode.BODY_TOO_LARGE
-    ),
+    responses=refuses(ProblemCode.EPSILON_NOT_AVAILABLE, ProblemCode.IDEMPOTENCY_CONFLICT, ProblemCode.BODY_TOO_LARGE),
 )
 async def create_job(body: CreateJob, caller: JobWriter, session: Transaction, once: Repeatable) -> JobView:
     """Draft a federated training job. Upload its initial model and start it to set it going."""
@@ -184,10 +184,18 @@ async def _checkpoint(parts: Parts, request: Request, digest: str, *, immutable:
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
     path = await parts.blobs.open_path(checkpoint_key(digest))
-    asked = re.fullmatch(r"bytes=(\d{1,18})-\d*", request.headers.get("range", ""))
     size = path.stat().st_size
-    if asked is not None and int(asked.group(1)) >= size:
-        raise RangeNotSatisfiable(f"The checkpoint has {size} bytes; the range begins at {asked.group(1)}.")
+    asked = re.fullmatch(r"bytes=(\d{1,18})-(\d{0,18})", request.headers.get("range", ""))
+    first, last = (0, "") if asked is None else (int(asked[1]), asked[2])
+    if (
+        asked is None
+        or request.headers.get("if-range", headers["ETag"]) != headers["ETag"]
+        or int(last or first) < first
+    ):
+        # RFC 9110, 14.2: a range that we do not serve is not there. FileResponse would refuse some in plain text.
+        request.scope["headers"] = [item for item in request.scope["headers"] if item[0] != b"range"]
+    elif first >= size:
+        raise RangeNotSatisfiable(f"The checkpoint has {size} bytes; the range begins at {first}.")
     return FileResponse(path, media_type=TENSORS_MEDIA_TYPE, headers=headers)
 
 
@@ -261,10 +269,10 @@ async def list_rounds(job_id: UUID, caller: JobReader, session: Transaction, pag
     return await queries.page_rounds(session, job_id, paging)
 
 
-@router.get(
-    "/jobs/{job_id}/rounds/{number}", summary="One round", responses=refuses(ProblemCode.NOT_FOUND)
-)
-async def get_round(job_id: UUID, number: int, caller: JobReader, session: Transaction) -> RoundView:
+@router.get("/jobs/{job_id}/rounds/{number}", summary="One round", responses=refuses(ProblemCode.NOT_FOUND))
+async def get_round(
+    job_id: UUID, number: Annotated[int, Path(ge=0, le=LARGEST)], caller: JobReader, session: Transaction
+) -> RoundView:
     """One round by its number: 0 gathers statistics, 1 to `rounds` train, one more evaluates the final model."""
     await queries.require_visible(session, caller, job_id)
     return await queries.get_round_view(session, job_id, number)
@@ -301,7 +309,7 @@ async def list_checkpoints(
     responses={
         200: {
             "content": {EVENTS_MEDIA_TYPE: {"schema": {"type": "string"}}},
-            "description": "A page of events; or, for `Accept: text/event-stream`, a stream of them until the job ends.",
+            "description": "A page of events; for `Accept: text/event-stream` a stream of them until the job ends.",
         },
         **refuses(ProblemCode.NOT_FOUND, ProblemCode.CURSOR_INVALID),
     },
@@ -312,8 +320,8 @@ async def list_events_of_job(
     parts: PartsOf,
     caller: BriefCaller,
     paging: Paging,
-    after: Annotated[int, Query(ge=0, description="Only events after this number.")] = 0,
-    last_event_id: Annotated[int | None, Header(ge=0, description="Where a broken stream goes on.")] = None,
+    after: Annotated[int, Query(ge=0, le=LARGEST, description="Only events after this number.")] = 0,
+    last_event_id: Annotated[int | None, Header(ge=0, le=LARGEST, description="Where a broken stream goes on.")] = None,
 ) -> Page[EventView] | Response:
     """The job's hash-chained events, as a page or as server-sent events."""
     check_scope(caller, Scope.JOBS_READ)
@@ -343,11 +351,9 @@ async def _stream(parts: Parts, caller: Caller, job_id: UUID, after: int) -> Asy
                 yield f"id: {event.sequence}\nevent: {event.kind}\ndata: {event.model_dump_json()}\n\n".encode()
             if events:
                 continue
-            if ended:
+            if ended or parts.wakeups.closing:
                 return
             try:
                 await asyncio.wait_for(woken.wait(), KEEP_ALIVE_S)
             except TimeoutError:
                 yield b": still here\n\n"
-
-

@@ -109,7 +109,7 @@ async def start(session: AsyncSession, caller: Caller, job_id: UUID) -> None:
 
 
 async def pause(session: AsyncSession, caller: Caller, job_id: UUID) -> None:
-    """Offer nothing new. Claimed tasks may finish, the round may complete, the next does not open, deadlines stand still.
+    """Offer nothing new. Claimed tasks may finish, the round may complete, the next does not open; deadlines wait.
 
     Raises:
         NotFound: missing, or another's.

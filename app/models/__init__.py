@@ -19,6 +19,6 @@ from app.models.update import Update
 from app.models.worker import Worker
 
 __all__ = [
-    "ApiKey", "Base", "Checkpoint", "Dataset", "EnrollmentToken", "Event", "EventStream", "Grant", "IdempotencyKey", "Job",
-    "LedgerEntry", "Organization", "Participation", "Principal", "Round", "Task", "Update", "Worker", "uuid7",
+    "ApiKey", "Base", "Checkpoint", "Dataset", "EnrollmentToken", "Event", "EventStream", "Grant", "IdempotencyKey",
+    "Job", "LedgerEntry", "Organization", "Participation", "Principal", "Round", "Task", "Update", "Worker", "uuid7",
 ]  # fmt: skip

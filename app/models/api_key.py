@@ -24,4 +24,6 @@ class ApiKey(Base):
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
-    replaces_id: Mapped[str | None] = mapped_column(ForeignKey("api_keys.id"), index=True)  # it came by rotation of that key
+    replaces_id: Mapped[str | None] = mapped_column(
+        ForeignKey("api_keys.id"), index=True
+    )  # it came by rotation of that key

@@ -7,9 +7,9 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import JSON, DateTime, Dialect, Enum, Interval, MetaData, TypeDecorator
+from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.sql.operators import OperatorType
 from sqlalchemy.types import TypeEngine
-from sqlalchemy.orm import DeclarativeBase
 from uuid_utils import compat
 
 

@@ -17,9 +17,7 @@ class Task(Base):
     __table_args__ = (
         UniqueConstraint("round_id", "participation_id"),
         Index("ix_tasks_offered", "worker_id", "offered_at", postgresql_where=text("state = 'offered'")),
-        Index(
-            "ix_tasks_leased", "lease_expires_at", postgresql_where=text("state IN ('claimed', 'uploading')")
-        ),
+        Index("ix_tasks_leased", "lease_expires_at", postgresql_where=text("state IN ('claimed', 'uploading')")),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)

@@ -27,7 +27,6 @@ def visible_to(caller: Caller) -> ColumnElement[bool]:
     return Dataset.organization_id == caller.organization_id
 
 
-
 def _statement() -> Select[*tuple[Any, ...]]:
     return (
         select(Participation, Job, Dataset.name, Organization.name, Principal.name, Grant, _Granter.name)

@@ -51,7 +51,7 @@ async def get_participation(participation_id: UUID, caller: AnyCaller, session: 
 async def approve(
     participation_id: UUID, body: ApproveParticipation, caller: GrantWriter, session: Transaction
 ) -> ParticipationView:
-    """Say yes: for the job's purpose, until a time, for a number of rounds. The job starts once enough have said yes."""
+    """Say yes: for the job's purpose, until a time, for a number of rounds. The job starts once enough did."""
     await service.approve(session, caller, participation_id, body)
     return await queries.get_participation_view(session, caller, participation_id)
 

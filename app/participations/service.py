@@ -30,7 +30,7 @@ NEEDED_KINDS = frozenset({"train"})
 
 
 async def request_participations(session: AsyncSession, job: Job, owner: Principal, now: datetime) -> None:
-    """Ask every dataset that fits the job. A policy may refuse at once, or grant at once by rule; else its steward decides.
+    """Ask every dataset that fits the job. Its policy may refuse at once, or grant by rule; else its steward decides.
 
     Raises:
         NoMatchingDataset: fewer datasets than a round needs fit and may be asked; says why each of the others does not.
@@ -44,13 +44,13 @@ async def request_participations(session: AsyncSession, job: Job, owner: Princip
         .order_by(Dataset.id)
     )
     asked, reasons = [], []
-    listed = {f"{organization}/{dataset.name}": (dataset, organization) for dataset, organization in found}
+    listed = {f"{organization}/{dataset.name}": dataset for dataset, organization in found}
     wanted = spec.data.datasets
     for name in sorted(listed) if wanted is None else sorted(set(wanted)):
         if name not in listed:
             reasons.append(f"{name}: there is no confirmed dataset of that name.")
             continue
-        dataset, organization = listed[name]
+        dataset = listed[name]
         unfit = misfits(spec.data, DatasetSchema.model_validate(dataset.data_schema))
         if not NEEDED_KINDS.issubset(dataset.task_kinds):
             unfit.append("It does not take training tasks.")
@@ -124,7 +124,7 @@ def _granted(name: str, grant: Grant) -> dict[str, object]:
 
 
 async def approve(session: AsyncSession, caller: Caller, participation_id: UUID, asked: ApproveParticipation) -> None:
-    """Grant a participation: for a purpose, until a time, for a number of rounds. The weight of its updates is frozen now.
+    """Grant a participation: for a purpose, until a time, for a number of rounds. Its weight is frozen now.
 
     Raises:
         NotFound: missing, or another organization's.
@@ -168,7 +168,12 @@ async def approve(session: AsyncSession, caller: Caller, participation_id: UUID,
     await session.flush()
     name = f"{organization}/{dataset.name}"
     await append(
-        session, job_stream(job_id), EventKind.PARTICIPATION_APPROVED, at=now, actor=caller.name, **_granted(name, grant)
+        session,
+        job_stream(job_id),
+        EventKind.PARTICIPATION_APPROVED,
+        at=now,
+        actor=caller.name,
+        **_granted(name, grant),
     )
     await begin_if_enough(session, job, now)
     await announce_change(session, job_id)
@@ -190,7 +195,13 @@ async def reject(session: AsyncSession, caller: Caller, participation_id: UUID, 
     now = await clock(session)
     stream = job_stream(job_id)
     await append(
-        session, stream, EventKind.PARTICIPATION_REJECTED, at=now, actor=caller.name, dataset=await _name(session, participation), detail=note
+        session,
+        stream,
+        EventKind.PARTICIPATION_REJECTED,
+        at=now,
+        actor=caller.name,
+        dataset=await _name(session, participation),
+        detail=note,
     )
     await announce_change(session, job_id)
 
@@ -288,9 +299,7 @@ async def _end_grant(
 ) -> None:
     participation.state, participation.detail = state, detail
     await session.execute(
-        update(Grant)
-        .where(Grant.participation_id == participation.id, Grant.ended_at.is_(None))
-        .values(ended_at=now)
+        update(Grant).where(Grant.participation_id == participation.id, Grant.ended_at.is_(None)).values(ended_at=now)
     )
 
 
@@ -311,7 +320,9 @@ async def expire_grants(sessions: Sessions, queue: Queue) -> None:
             of = await find_open_round(session, job_id, "update")
             participation = await _lock_with_tasks(session, participation_id)
             if participation.state is not ParticipationState.APPROVED:
-                await _end_grant(session, participation, participation.state, participation.detail or "", job.created_at)
+                await _end_grant(
+                    session, participation, participation.state, participation.detail or "", job.created_at
+                )
                 continue
             now = await clock(session)
             name = await _name(session, participation)

@@ -1,4 +1,4 @@
-"""The round engine: rounds are opened, their tasks offered and held, updates admitted and accepted, sets frozen and summed.
+"""The round engine: rounds open, tasks are offered and held, updates admitted and accepted, sets frozen and summed.
 
     opening      which round comes next, and whom it asks
     offers       claim, heartbeat, refuse, fail: the life of a task before its upload

@@ -1,4 +1,4 @@
-"""From a frozen set to the next model: read in canonical order, summed off the event loop, stored, then one transaction."""
+"""From a frozen set to the next model: read in canonical order, summed off the event loop, stored, published."""
 
 import contextlib
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from app.database import advisory_lock, clock
 from app.dependencies import Parts
 from app.errors import NotFound
 from app.federation.lifecycle import RoundEvent, advance_round
+from app.federation.pooling import pool_metrics
 from app.models import Checkpoint
 from app.rounds.closing import fail
 from app.rounds.opening import proceed
-from app.federation.pooling import pool_metrics
 from app.rounds.queries import Contribution, get_job, get_round, list_contributions
 from isthmus.codec.blocks import TensorFile, TensorFileWriter
 from isthmus.codec.errors import CodecError
@@ -151,7 +151,7 @@ def write_aggregate(
     weights: Sequence[float],
     drafts: tuple[Path, Path],
 ) -> tuple[str, str | None]:
-    """Write the next model, and the strategy's next state if it has one, to `drafts`; their digests. Blocks a thread."""
+    """Write the next model, and the strategy's next state if any, to `drafts`; their digests. Blocks a thread."""
     limit = header_limit(manifest)
     states = state_manifest(strategy, manifest)
     with contextlib.ExitStack() as stack:
@@ -233,7 +233,9 @@ def merge_statistics(spec: JobSpec, contributions: Sequence[Contribution]) -> Fe
     released = [item.update.released for item in contributions]
 
     def of_site(site: dict[str, list[float]]) -> Moments:
-        return Moments(*(np.asarray(site[f"{STATISTICS_PREFIX}{name}"], np.float64) for name in ("count", "mean", "m2")))
+        return Moments(
+            *(np.asarray(site[f"{STATISTICS_PREFIX}{name}"], np.float64) for name in ("count", "mean", "m2"))
+        )
 
     merged = merge_all([of_site(site) for site in released])
     return FeatureStatistics(

@@ -42,9 +42,7 @@ async def settle(session: AsyncSession, queue: Queue, job: Job, of: Round, now: 
     return event
 
 
-async def _freeze(
-    session: AsyncSession, queue: Queue, job: Job, of: Round, event: RoundEvent, now: datetime
-) -> None:
+async def _freeze(session: AsyncSession, queue: Queue, job: Job, of: Round, event: RoundEvent, now: datetime) -> None:
     """Fix the set and its order; from here on nothing enters and nothing leaves."""
     of.phase = advance_round(of.phase, event)
     of.frozen_at = of.deferred_at = now

@@ -159,7 +159,9 @@ async def renew_lease(
         return HeartbeatReceipt(held=True, lease_s=lease_s)
     task = await get_task(session, task_id, worker_id)
     if task.state in (TaskState.CLAIMED, TaskState.UPLOADING, TaskState.OFFERED):
-        return HeartbeatReceipt(held=False, lease_s=lease_s, reason="The lease was taken away; the task is offered anew.")
+        return HeartbeatReceipt(
+            held=False, lease_s=lease_s, reason="The lease was taken away; the task is offered anew."
+        )
     return HeartbeatReceipt(held=False, lease_s=lease_s, reason=task.detail or f"The task is {task.state}.")
 
 
@@ -203,7 +205,7 @@ async def end_task(
 
 
 async def lapse_leases(session: AsyncSession, now: datetime, limit: int = 500) -> int:
-    """Take leases away that have passed: the task is offered again at once under the next fence. How many there were."""
+    """Take leases away that have passed: each task is offered again under the next fence. How many there were."""
     lapsed = (
         select(Task.id)
         .where(Task.state.in_((TaskState.CLAIMED, TaskState.UPLOADING)), Task.lease_expires_at <= now)

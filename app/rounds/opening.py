@@ -32,7 +32,7 @@ def number_after(spec: JobSpec, last: int | None) -> int | None:
 
 
 async def begin_if_enough(session: AsyncSession, job: Job, now: datetime) -> None:
-    """Start a job that waits for approval once `min_updates` of its participations are approved. Needs the job's lock."""
+    """Start a job that waits for approval once `min_updates` participations are approved. Needs the job's lock."""
     if job.state is not JobState.AWAITING_APPROVAL:
         return
     spec = JobSpec.model_validate(job.spec)
@@ -46,7 +46,7 @@ async def begin_if_enough(session: AsyncSession, job: Job, now: datetime) -> Non
 
 
 async def proceed(session: AsyncSession, job: Job, last: int | None, now: datetime) -> None:
-    """After round `last`: open the next one, or end the job, or pause it for want of participations. Needs the job's lock.
+    """After round `last`: open the next one, end the job, or pause it for want of grants. Needs the job's lock.
 
     A paused job waits: nothing is opened until it is resumed.
     """
@@ -202,7 +202,9 @@ async def pause_for_want(session: AsyncSession, job: Job, needed: int, now: date
     present = len(await list_candidates(session, job.id, now))
     job.state = advance_job(job.state, JobEvent.PAUSED)
     job.reason, job.paused_at = JobReason.TOO_FEW_PARTICIPATIONS, now
-    job.detail = f"The round needs {needed} participations; {present} are approved and able to take part. Get more, then resume."
+    job.detail = (
+        f"The round needs {needed} participations; {present} are approved and able to take part. Get more, then resume."
+    )
     await append(session, job_stream(job.id), EventKind.JOB_PAUSED, at=now, reason=job.reason.value, detail=job.detail)
     await announce_change(session, job.id)
 

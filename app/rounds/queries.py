@@ -131,7 +131,7 @@ class Candidate:
 
 
 async def list_candidates(session: AsyncSession, job_id: UUID, now: datetime) -> Sequence[Candidate]:
-    """Approved participations with a grant that holds at `now`, whose dataset is confirmed and whose worker is not revoked."""
+    """Approved participations with a grant that holds at `now`, a confirmed dataset and a worker that is not revoked."""
     found = await session.execute(
         select(Participation.id, Organization.name, Dataset.name, Dataset.worker_id, Grant.rounds - Grant.rounds_used)
         .join(Grant, Grant.participation_id == Participation.id)
@@ -200,9 +200,7 @@ async def get_checkpoint(session: AsyncSession, job_id: UUID, digest: str) -> Ch
 
 async def list_due_rounds(session: AsyncSession, now: datetime) -> Sequence[tuple[UUID, UUID]]:
     """(job, round) of collecting rounds of which something may be due: the decision is made again under their locks."""
-    open_tasks = (
-        select(Task.id).where(Task.round_id == Round.id, Task.state.in_(OPEN_TASKS)).correlate(Round).exists()
-    )
+    open_tasks = select(Task.id).where(Task.round_id == Round.id, Task.state.in_(OPEN_TASKS)).correlate(Round).exists()
     found = await session.execute(
         select(Round.job_id, Round.id)
         .join(Job, Job.id == Round.job_id)

@@ -8,8 +8,8 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from app.dependencies import Agent, BriefCaller, Caller, Parts, PartsOf, Transaction, check_scope
 from app.blobs import update_key
+from app.dependencies import Agent, BriefCaller, Caller, Parts, PartsOf, Transaction, check_scope
 from app.errors import Forbidden, InvalidRequest, LengthRequired, NormTooLarge, UnsupportedMediaType
 from app.problems import refuses
 from app.rounds import offers, queries, uploads
@@ -88,7 +88,7 @@ async def claim(
             if offer is not None:
                 return offer
             left = ends - time.monotonic()
-            if left <= 0 or await request.is_disconnected():
+            if left <= 0 or parts.wakeups.closing or await request.is_disconnected():
                 return Response(status_code=204, headers={"Retry-After": "1"})
             try:
                 await asyncio.wait_for(woken.wait(), left)

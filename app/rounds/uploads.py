@@ -345,7 +345,9 @@ async def reject_content(
     task.state, task.detail, task.lease_expires_at = TaskState.FAILED, refusal, None
     await session.flush()
     now: datetime = await clock(session)
-    await append(session, job_stream(job.id), EventKind.TASK_FAILED, at=now, actor=actor, round=of.number, reason=refusal)
+    await append(
+        session, job_stream(job.id), EventKind.TASK_FAILED, at=now, actor=actor, round=of.number, reason=refusal
+    )
     if job.state in (JobState.RUNNING, JobState.PAUSED):
         await settle(session, queue, job, of, now)
     await announce_change(session, job.id)

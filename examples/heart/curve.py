@@ -10,6 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")  # no window, on any machine
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MultipleLocator
 
 from examples.heart.baselines import EVERYBODY, Score
 from examples.heart.hospitals import HOSPITALS
@@ -19,6 +20,8 @@ INK: Final = "#22303c"
 MUTED: Final = "#7b8794"
 BLUE: Final = "#1764ab"
 RED: Final = "#c4512d"
+LEAST_SPAN: Final = 0.14
+"""A panel shows at least so much from bottom to top, so that small differences look small."""
 STYLE: Final[Any] = {
     "font.family": "sans-serif",
     "font.size": 10.5,
@@ -53,22 +56,22 @@ def draw(by_round: Sequence[Score], results: Results, path: Path) -> None:
         results: the other models, for the lines across.
     """
     with mpl.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(11.5, 5.2), dpi=150)
+        figure = plt.figure(figsize=(12.5, 5.4), dpi=140)
+        panels = [figure.add_axes((left, 0.115, 0.3, 0.655)) for left in (0.05, 0.545)]
         accuracies = [score.accuracy for score in by_round]
         _panel(panels[0], "Accuracy", accuracies, _references(results, "accuracy"))
         areas = [score.auc for score in by_round if score.auc is not None]
         _panel(panels[1], "Area under the ROC curve", areas, _references(results, "auc"))
         figure.suptitle(
             "Four hospitals train one model, and no record leaves its hospital",
-            x=0.045, y=0.965, ha="left", fontsize=15, fontweight="bold",
+            x=0.05, y=0.965, ha="left", fontsize=15, fontweight="bold",
         )  # fmt: skip
         figure.text(
-            0.045, 0.885,
+            0.05, 0.88,
             f"Measured on the {by_round[-1].rows} held-out patients of all four, after each round; "
             "0 is the model before training.",
             ha="left", color=MUTED,
         )  # fmt: skip
-        figure.subplots_adjust(left=0.055, right=0.895, top=0.8, bottom=0.11, wspace=0.48)
         figure.savefig(path)
         plt.close(figure)
 
@@ -89,10 +92,9 @@ def _references(results: Results, measure: str) -> list[Reference]:
 
 def _panel(axes: Any, title: str, values: Sequence[float], references: Sequence[Reference]) -> None:
     rounds = len(values) - 1
-    lowest = min([*values[1:], *(line.value for line in references)])
-    highest = max([*values, *(line.value for line in references)])
-    margin = 0.08 * (highest - lowest)
-    bottom, top = lowest - margin, highest + 1.5 * margin
+    shown = [*values[1:], *(line.value for line in references)]  # before training a model may be anywhere
+    top = max(shown) + 0.015
+    bottom = min(min(shown) - 0.015, top - LEAST_SPAN)
     for line in references:
         axes.plot([0, rounds], [line.value] * 2, color=line.color, linestyle=line.dashes, linewidth=1.5, zorder=2)
     axes.plot(range(rounds + 1), values, color=BLUE, linewidth=2.6, marker="o", markersize=4.5, zorder=3)
@@ -101,6 +103,8 @@ def _panel(axes: Any, title: str, values: Sequence[float], references: Sequence[
     axes.set_xlim(-0.4, rounds + 0.4)
     axes.set_ylim(bottom, top)
     axes.set_xticks(range(0, rounds + 1, max(1, rounds // 4)))
+    axes.yaxis.set_major_locator(MultipleLocator(0.05))
+    axes.yaxis.set_major_formatter("{x:.2f}")
     axes.tick_params(length=0)
     axes.grid(visible=False, axis="x")
     labels = [Reference("federated", values[-1], BLUE, "-"), *references]

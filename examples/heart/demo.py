@@ -43,10 +43,10 @@ class JobUnsuccessful(Exception):
 
 def play(federation: Federation, teller: Teller, *, keep: bool) -> None:
     """The story: from nothing to a model that four hospitals have trained, and what it is worth."""
-    began = time.monotonic()
     spec = load_job(JOB)
-    teller.title("Isthmus: four hospitals train one model together. No patient's record leaves its hospital.")
+    teller.title("Isthmus: four hospitals train one model; no record leaves its hospital.")
 
+    began = time.monotonic()
     federation.start_service()
     load_what_comes_later()
     federation.await_service()
@@ -75,9 +75,7 @@ def play(federation: Federation, teller: Teller, *, keep: bool) -> None:
     results, by_round = compare(federation, job)
     teller.gap()
     teller.console.print(results_table(results))
-    for sentence in conclusions(results):
-        teller.console.print(sentence)
-        teller.gap()
+    teller.conclude(conclusions(results))
     curve = federation.folder / "curve.png"
     draw(by_round, results, curve)
     federation.processes.await_end("download")
@@ -85,9 +83,8 @@ def play(federation: Federation, teller: Teller, *, keep: bool) -> None:
     model = federation.folder / "model"
     teller.say("model", f"{shown(model / 'model.safetensors')}, and model.json, which tells what it is")
     teller.say("curve", shown(curve))
-    docs = f"{federation.url}/docs"
-    teller.say("docs page", docs if keep else f"{docs} while the service runs: make demo KEEP=1 lets it")
-    teller.say("all in all", f"{time.monotonic() - began:.1f} s")
+    if not keep:
+        teller.say("docs page", f"{federation.url}/docs, closed with the service; make demo KEEP=1 leaves it open")
 
 
 def load_what_comes_later() -> None:
@@ -98,17 +95,16 @@ def load_what_comes_later() -> None:
 def who_takes_part(datasets: Sequence[DatasetView]) -> list[str]:
     """The hospitals, with the patients that their workers announced."""
     rows = {view.organization: view.rows for view in datasets}
-    named = [f"{hospital.short} ({rows[hospital.name]} patients)" for hospital in HOSPITALS]
-    return [", ".join(named), f"{len(named)} workers enrolled, each a process with a folder of its own rows only"]
+    named = ", ".join(f"{hospital.short} {rows[hospital.name]}" for hospital in HOSPITALS)
+    return [f"patients: {named}", "one worker each: a process of its own, with a folder that holds only its own rows"]
 
 
 def what_is_allowed(spec: JobSpec) -> list[str]:
     """The policy that every steward has set."""
     privacy = spec.privacy
     return [
-        "data confirmed; what they allow, and approve by rule:",
-        f"{spec.purpose}, clip norm up to {privacy.clip_norm:g}, noise multiplier from {privacy.noise_multiplier:g}, "
-        f"rounds of at least {spec.cohort.min_updates} hospitals",
+        f"confirmed the data; approve by rule: {spec.purpose}, clip norm <= {privacy.clip_norm:g}, "
+        f"noise multiplier >= {privacy.noise_multiplier:g}, at least {spec.cohort.min_updates} hospitals a round",
     ]
 
 
@@ -117,8 +113,9 @@ def what_is_asked(spec: JobSpec) -> list[str]:
     manifest = spec.model.plan(spec.data.input_shape).manifest
     parameters = sum(tensor.elements for tensor in manifest.tensors.values())
     return [
-        f"{shown(JOB)}: {spec.rounds} rounds of {spec.strategy.kind} over {len(HOSPITALS)} hospitals, "
-        f"{len(spec.data.features)} features, {spec.data.width} inputs, {parameters} parameters"
+        shown(JOB),
+        f"{len(spec.data.features)} features, a network of {parameters} parameters, {spec.rounds} rounds of "
+        f"{spec.strategy.kind}",
     ]
 
 
@@ -127,7 +124,7 @@ def what_is_claimed(spec: JobSpec) -> list[str]:
     privacy = spec.privacy
     return [
         f"clip norm {privacy.clip_norm:g}, noise multiplier {privacy.noise_multiplier:g}: no epsilon is claimed",
-        "release: exact, so loss, accuracy and AUC leave un-noised; so do the columns' means and variances",
+        "release: exact, that is: loss, accuracy and AUC leave un-noised, as do the columns' means and variances",
     ]
 
 
@@ -183,6 +180,7 @@ def run(folder: Path, teller: Teller, *, keep: bool) -> int:
     except FolderInUse as error:
         teller.console.print(str(error))
         return FAILED
+    began = time.monotonic()
     processes = Processes(folder, keep=keep)
     try:
         with interruptible(), Federation(folder, processes) as federation:
@@ -196,6 +194,8 @@ def run(folder: Path, teller: Teller, *, keep: bool) -> int:
         return explain(teller, error, error.log)
     except (IsthmusError, JobUnsuccessful, OSError) as error:
         return explain(teller, error, processes.log(SERVICE))
+    ended = "" if keep else ", and no process is left"
+    teller.say("all in all", f"{time.monotonic() - began:.1f} s{ended}")
     return 0
 
 

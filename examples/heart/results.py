@@ -25,11 +25,11 @@ def alone(hospital: str) -> str:
 def results_table(results: Results) -> Table:
     """Accuracy and AUC on each hospital's held-out rows: a line a model, a column a hospital."""
     rows = results[FEDERATED]
-    table = Table(box=box.SIMPLE_HEAD, header_style="", pad_edge=False, padding=(0, 1))
-    table.add_column(Text("model trained on\n\n", style="bold"), no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, header_style="", show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(Text("  model", style="bold"), no_wrap=True)
     titles = {hospital.name: hospital.short for hospital in HOSPITALS} | {EVERYBODY: EVERYBODY}
     for name, title in titles.items():
-        head = Text.assemble((title, "bold"), f"\n{rows[name].rows} patients\n", ("acc.  AUC ", "dim"))
+        head = Text.assemble((title, "bold"), f"\n{rows[name].rows} rows\n", ("acc.  AUC", "dim"))
         table.add_column(head, justify="right", no_wrap=True)
     for row, scores in results.items():
         style = "bold" if row == FEDERATED else ""
@@ -49,17 +49,16 @@ def conclusions(results: Results) -> list[str]:
         f"{_percent(swiss[EVERYBODY])}."
     ]
     own = swiss["switzerland"]
-    compared = (
-        "is better served by its own model"
-        if own.accuracy > there.accuracy
-        else "is served as well by its own model"
-        if own.accuracy == there.accuracy
-        else "is better served by the federated model, this time,"
-    )
+    if own.accuracy > there.accuracy:
+        verdict = f"is better served by its own model: right for {_percent(own)}, against {_percent(there)}"
+    elif own.accuracy == there.accuracy:
+        verdict = f"is served as well by its own model: right for {_percent(own)} with either"
+    else:
+        verdict = f"is better served by the federated model this time: right for {_percent(there)}, not {_percent(own)}"
     said.append(
-        f"Switzerland {compared} on its own {own.rows} held-out patients ({_percent(own)} against {_percent(there)}): "
-        '93 % of its patients are ill, so that answering "ill" for everybody is right for nearly all of them. With 8 '
-        "healthy patients in all it can neither learn nor measure what health looks like; its AUC there is noise."
+        f"Switzerland, on its own {own.rows} held-out patients, {verdict}. But 93 % of its patients are ill, so that "
+        'answering "ill" for everybody is nearly always right there; and with 8 healthy patients in all it can neither '
+        "learn nor measure what health looks like. Its AUC is noise."
     )
     said.append(
         f"{everybody.rows} patients are few: an accuracy of 0.80 on them has a standard error of 0.03. Hold-outs and "
@@ -71,12 +70,12 @@ def conclusions(results: Results) -> list[str]:
 def _row_title(row: str) -> Text:
     for hospital in HOSPITALS:
         if row == alone(hospital.name):
-            return Text(f"{hospital.short} alone")
-    return Text(row)
+            return Text(f"  {hospital.short} alone")
+    return Text(f"  {row}")
 
 
 def _cell(score: Score) -> str:
-    return f"{score.accuracy:.2f}  " + ("n/a " if score.auc is None else f"{score.auc:.2f}")
+    return f"{score.accuracy:.2f} " + (" n/a" if score.auc is None else f"{score.auc:.2f}")
 
 
 def _percent(score: Score) -> str:

@@ -1,12 +1,14 @@
 """How the demo speaks: a word on the left, what there is to say on the right."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-LEFT = 10
+LEFT = 14
+RIGHT = 8
 
 
 class Teller:
@@ -21,21 +23,27 @@ class Teller:
         self.console.print()
 
     def say(self, left: str, *right: str, seconds: float | None = None) -> None:
-        """One line or several, all to the right of the same word."""
-        for number, text in enumerate(right):
-            line = Table.grid(padding=(0, 2, 0, 0), expand=True)
-            line.add_column(width=LEFT + 2, no_wrap=True)
-            line.add_column(ratio=1, overflow="fold")
-            line.add_column(justify="right", no_wrap=True, style="dim", width=6)
-            took = f"{seconds:.1f} s" if seconds is not None and number == 0 else ""
-            line.add_row(Text(f"  {left}" if number == 0 else "", style="cyan"), Text(text), took)
+        """Sentences to the right of a word, and how long it took."""
+        room = self.console.width - LEFT - RIGHT
+        lines = [line for sentence in right for line in wrap(sentence, room)]
+        for number, text in enumerate(lines):
+            line = Text(f"  {left if number == 0 else '':<{LEFT - 2}}", style="cyan").append(text, style="default")
+            if number == 0 and seconds is not None:
+                line.append(f"{seconds:.1f} s".rjust(room - len(text) + RIGHT), style="dim")
             self.console.print(line)
 
     def spell(self, left: str, *right: str) -> None:
         """The same for what will be copied: never broken into lines."""
         for number, text in enumerate(right):
-            start = Text(f"  {left if number == 0 else '':<{LEFT}}  ", style="cyan")
+            start = Text(f"  {left if number == 0 else '':<{LEFT - 2}}", style="cyan")
             self.console.print(start.append(text, style="default"), soft_wrap=True)
+
+    def conclude(self, sentences: Sequence[str]) -> None:
+        """Paragraphs."""
+        for sentence in sentences:
+            for line in wrap(sentence, self.console.width - 4):
+                self.console.print(Text(f"  {line}"))
+            self.gap()
 
     def gap(self) -> None:
         """An empty line."""

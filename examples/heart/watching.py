@@ -14,6 +14,7 @@ from rich.text import Text
 from isthmus.wire.events import EventKind, EventView
 from isthmus.wire.rounds import TaskKind
 
+WHERE = len("final model")
 MIN_BAR = 6
 
 
@@ -53,8 +54,8 @@ class Progress:
         """Seconds a round: the median so far."""
         return statistics.median(self.seconds) if self.seconds else None
 
-    def words(self) -> tuple[str, str]:
-        """Where the job is, and how it does."""
+    def words(self, seconds: float | None) -> tuple[str, str]:
+        """Where the job is, and how it does. `seconds` is what is said of the time a round takes."""
         match self.kind:
             case TaskKind.STATISTICS:
                 where = "scales"
@@ -62,7 +63,7 @@ class Progress:
                 where = f"round {self.number}/{self.rounds}"
             case TaskKind.EVALUATE:
                 where = "final model"
-        told = [f"{self.pace_s:.2f} s a round"] if self.pace_s is not None else []
+        told = [f"{seconds:.2f} s a round"] if seconds is not None else []
         told.append(f"updates {self.updates}/{self.cohort}")
         told += [f"{name} {self.metrics[key]:.3f}" for name, key in _SHOWN if key in self.metrics]
         return where, "  ".join(told)
@@ -77,8 +78,9 @@ def watch(events: Iterable[EventView], rounds: int, console: Console) -> Progres
     if not console.is_terminal:
         for event in events:
             if progress.hear(event):
-                where, how = progress.words()
-                console.print(f"  {where:<12}  {how}")
+                last = progress.seconds[-1] if progress.kind is TaskKind.TRAIN else None
+                where, how = progress.words(last)
+                console.print(f"  {where:<{WHERE}}  {how}")
         return progress
     with Live(_line(progress, console), console=console, refresh_per_second=12) as live:
         for event in events:
@@ -88,12 +90,12 @@ def watch(events: Iterable[EventView], rounds: int, console: Console) -> Progres
 
 
 def _line(progress: Progress, console: Console) -> RenderableType:
-    where, how = progress.words()
+    where, how = progress.words(progress.pace_s)
     line = Table.grid(padding=(0, 2, 0, 0))
+    line.add_column(no_wrap=True, width=WHERE + 2)
     line.add_column(no_wrap=True)
     line.add_column(no_wrap=True)
-    line.add_column(no_wrap=True)
-    room = console.width - len(where) - len(how) - 8
+    room = console.width - WHERE - len(how) - 8
     done = len(progress.seconds)
     bar: RenderableType = Text("")
     if room >= MIN_BAR:

@@ -242,6 +242,7 @@ HEADERS: dict[str, tuple[dict[str, str | None], ProblemCode, str]] = {
     "other-algorithm": ({"repr_digest": "sha-512=:YWJj:"}, ProblemCode.INVALID_REQUEST, "Repr-Digest"),
     "no-fence": ({"isthmus_fence": None}, ProblemCode.INVALID_REQUEST, "Isthmus-Fence"),
     "fence-of-words": ({"isthmus_fence": "first"}, ProblemCode.INVALID_REQUEST, "Isthmus-Fence"),
+    "fence-beyond-any": ({"isthmus_fence": str(2**70)}, ProblemCode.LEASE_LOST, "claim again"),
     "fence-to-come": ({"isthmus_fence": "2"}, ProblemCode.LEASE_LOST, "claim again"),
 }  # fmt: skip
 

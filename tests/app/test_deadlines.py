@@ -1,4 +1,4 @@
-"""When rounds close: targets, deadlines, grace, attempts, over-selection; and how jobs fail so that a person understands."""
+"""When rounds close: targets, deadlines, grace, attempts, over-selection; and failures that a person understands."""
 
 import socket
 import time

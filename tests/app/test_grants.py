@@ -121,7 +121,9 @@ def test_a_policy_made_stricter_after_the_request_is_what_the_approval_is_judged
     federation = make_federation(policy=BY_HAND)
     job = federation.start()
     site = federation.sites[0]
-    site.steward.datasets.set_policy(site.dataset.id, BY_HAND.model_copy(update={"max_rounds": 1, "purposes": ("audit",)}))
+    site.steward.datasets.set_policy(
+        site.dataset.id, BY_HAND.model_copy(update={"max_rounds": 1, "purposes": ("audit",)})
+    )
 
     with refused(ProblemCode.GRANT_REFUSED_BY_POLICY) as found:
         approve(site, job)

@@ -23,7 +23,7 @@ class Refused(IsthmusError):
         """A string only where the service is newer than this client."""
         self.status = problem.status
         self.detail = problem.detail
-        self.errors: list[FieldProblem] = problem.errors
+        self.errors: tuple[FieldProblem, ...] = problem.errors
         self.retry_after_s = retry_after_s
         """What a 429 or 503 asked for, if it did."""
         fields = "".join(f"\n  {error.field}: {error.message}" for error in problem.errors)

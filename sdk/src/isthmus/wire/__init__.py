@@ -1,1 +1,1 @@
-"""The contract: every body that crosses the network, every name and every refusal. Pydantic and the standard library."""
+"""The contract: every body that crosses the network, every name, every refusal. Pydantic and the standard library."""

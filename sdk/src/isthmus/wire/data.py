@@ -24,7 +24,7 @@ class Missing(StrEnum):
 
 
 class FeatureSpec(Request):
-    """One column that the model reads. With `categories` it is one-hot encoded in the order given, else it is a number."""
+    """One column that the model reads. With `categories` it is one-hot encoded in their order, else it is a number."""
 
     name: Column
     categories: tuple[str, ...] | None = Field(default=None, min_length=1, max_length=10_000)
@@ -53,7 +53,9 @@ class DataSpec(Request):
     """The data requirement of a job. `features` takes bare column names for plain numbers."""
 
     task: Literal["classification", "regression"]
-    features: tuple[Annotated[FeatureSpec, BeforeValidator(_feature)], ...] = Field(min_length=1, max_length=MAX_FEATURES)
+    features: tuple[Annotated[FeatureSpec, BeforeValidator(_feature)], ...] = Field(
+        min_length=1, max_length=MAX_FEATURES
+    )
     target: Column
     classes: int | None = Field(default=None, ge=2, le=100_000)
     """Classification: the target holds whole numbers 0 to classes - 1, or the words in `labels`, in their order."""
@@ -81,12 +83,14 @@ class DataSpec(Request):
         elif self.classes is not None or self.labels is not None:
             raise ValueError("regression has no `classes` and no `labels`")
         if self.shape is not None and math.prod(self.shape) != self.width:
-            raise ValueError(f"`shape` {list(self.shape)} holds {math.prod(self.shape)} inputs, the features give {self.width}")
+            raise ValueError(
+                f"`shape` {list(self.shape)} holds {math.prod(self.shape)} inputs, the features give {self.width}"
+            )
         if self.standardize == "none":
             for feature in self.features:
                 if feature.categories is None and feature.missing is not Missing.REFUSE:
                     raise ValueError(
-                        f"missing values of {feature.name!r} are imputed by the federation's mean: that needs standardize: federated"
+                        f"missing values of {feature.name!r} become the federation's mean: that needs standardize: federated"
                     )
         return self
 

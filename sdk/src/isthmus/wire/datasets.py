@@ -59,14 +59,17 @@ def policy_objections(policy: UsePolicy, spec: JobSpec, *, principal: str) -> li
     if spec.model.kind not in policy.model_kinds:
         found.append(f"model_kinds: {spec.model.kind.value!r} models are not allowed.")
     if spec.privacy.noise_multiplier < policy.min_noise_multiplier:
-        found.append(
-            f"min_noise_multiplier: the job's {spec.privacy.noise_multiplier:g} is below {policy.min_noise_multiplier:g}."
-        )
-    if policy.max_clip_norm is not None and (spec.privacy.clip_norm is None or spec.privacy.clip_norm > policy.max_clip_norm):
+        noise = spec.privacy.noise_multiplier
+        found.append(f"min_noise_multiplier: the job's {noise:g} is below {policy.min_noise_multiplier:g}.")
+    if policy.max_clip_norm is not None and (
+        spec.privacy.clip_norm is None or spec.privacy.clip_norm > policy.max_clip_norm
+    ):
         has = "unbounded" if spec.privacy.clip_norm is None else f"{spec.privacy.clip_norm:g}"
         found.append(f"max_clip_norm: the job's clip norm is {has}; at most {policy.max_clip_norm:g} passes.")
     if spec.cohort.min_updates < policy.min_cohort:
-        found.append(f"min_cohort: the job closes rounds with {spec.cohort.min_updates} updates; at least {policy.min_cohort} pass.")
+        found.append(
+            f"min_cohort: rounds may close with {spec.cohort.min_updates} updates; at least {policy.min_cohort} pass."
+        )
     if spec.rounds > policy.max_rounds:
         found.append(f"max_rounds: the job has {spec.rounds} rounds; at most {policy.max_rounds} pass.")
     if spec.releases_exact_metrics and not policy.allow_exact_metrics:

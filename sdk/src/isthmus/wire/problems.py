@@ -28,7 +28,7 @@ class ProblemCode(StrEnum):
     RANGE_NOT_SATISFIABLE = "range-not-satisfiable"
     CURSOR_INVALID = "cursor-invalid"
     IDEMPOTENCY_CONFLICT = "idempotency-conflict"
-    SECRET_SHOWN_ONCE = "secret-shown-once"
+    SECRET_SHOWN_ONCE = "secret-shown-once"  # noqa: S105 -- a name
     NAME_TAKEN = "name-taken"
     STATE_CONFLICT = "state-conflict"
     # jobs and participations
@@ -127,11 +127,13 @@ class Problem(Response):
     title: str
     detail: str
     instance: str | None = None
-    errors: list[FieldProblem] = []
+    errors: tuple[FieldProblem, ...] = ()
     """For `invalid-request`: every field that does not fit."""
 
 
 def problem(code: ProblemCode, detail: str, **more: Any) -> Problem:
     """The problem document of a catalogued refusal."""
     spec = PROBLEMS[code]
-    return Problem(type=f"urn:isthmus:problem:{code}", code=code, status=spec.status, title=spec.title, detail=detail, **more)
+    return Problem(
+        type=f"urn:isthmus:problem:{code}", code=code, status=spec.status, title=spec.title, detail=detail, **more
+    )

@@ -17,7 +17,7 @@ STATISTICS_PREFIX = "statistics/"
 
 
 class TaskKind(StrEnum):
-    """What a round's tasks do. Round 0 gathers statistics, 1 to `rounds` train, `rounds` + 1 evaluates the final model."""
+    """What a round's tasks do. Round 0 gathers statistics, 1 to `rounds` train, one more evaluates the final model."""
 
     STATISTICS = "statistics"
     TRAIN = "train"
@@ -74,7 +74,7 @@ def _measures(spec: JobSpec, prefix: str) -> dict[str, TensorSpec]:
 
 
 def task_manifest(kind: TaskKind, spec: JobSpec, number: int, model: Manifest) -> Manifest:
-    """What the body of a task's upload holds, exactly. `metrics/...` appear only where the job releases them exactly."""
+    """What the body of a task's upload holds, exactly; `metrics/...` only where the job releases them exactly."""
     if kind is TaskKind.STATISTICS:
         numbers = (len(spec.data.numbers()),)
         axis = TensorSpec(dtype=DType.F64, shape=numbers)

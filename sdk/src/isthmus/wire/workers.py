@@ -49,5 +49,3 @@ class ServiceIdentity(Response):
     service_public_key: str
     contract_version: str
     version: str
-
-

@@ -1,0 +1,170 @@
+"""What a round costs in SQL statements. The numbers are bounds: whoever raises one says why, whoever lowers one is thanked.
+
+Statements of the queue and of advisory locks go past SQLAlchemy and are not counted; nor are BEGIN and COMMIT.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Engine, event
+
+from app.database import clock
+from app.main import open_parts
+from app.rounds.aggregation import aggregate_round
+from app.settings import Settings
+from isthmus.codec import arrays
+from isthmus.wire.jobs import JobState
+from isthmus.wire.rounds import RoundPhase
+from tests.federation import Federation, filled, job_spec
+from tests.standing import Wire, update_headers
+
+
+ADMISSION = 12
+"""The key; task, update, job, round, task and participation with its grant; the clock; the grant, two of the ledger, the task."""
+ACCEPTANCE = 0
+REPETITION = 0
+CLOSING = 22
+AGGREGATION = 0
+
+
+class Statements(list[str]):
+    """What was sent to Postgres, each in a line."""
+
+    def at_most(self, bound: int) -> None:
+        """Compare with the bound, and show the statements if they are more."""
+        listed = "\n".join(f"{number:3} {statement[:160]}" for number, statement in enumerate(self, start=1))
+        assert len(self) <= bound, f"{len(self)} statements, not {bound}:\n{listed}"
+        assert len(self) == bound, f"Only {len(self)} statements, not {bound}: lower the bound.\n{listed}"
+
+
+@contextmanager
+def counted() -> Iterator[Statements]:
+    """The statements of every engine of this process, while the block runs."""
+    found = Statements()
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        found.append(" ".join(statement.split()))
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        yield found
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+
+
+@pytest.fixture
+def quiet(make_federation: Callable[..., Federation]) -> Federation:
+    """Three sites on a service without a coordinator, so that nothing runs but what is asked for; every key was used."""
+    federation = make_federation(coordinate=False)
+    for site in federation.sites:
+        assert site.try_claim() is None
+    return federation
+
+
+def aggregated(federation: Federation, round_id: UUID) -> Statements:
+    """The statements of an aggregation, run as a coordinator runs it."""
+    settings = Settings(database_url=federation.platform.database_url, data_dir=federation.folder / "data")
+
+    async def run() -> Statements:
+        async with open_parts(settings) as parts:
+            async with parts.sessions() as session:
+                await clock(session)  # a new engine's first connection asks Postgres for its version
+            with counted() as statements:
+                await aggregate_round(parts, round_id)
+            return statements
+
+    return asyncio.run(run())
+
+
+def test_a_claim_with_nothing_on_offer(quiet: Federation) -> None:
+    with counted() as statements:
+        assert quiet.sites[0].try_claim() is None
+
+    statements.at_most(3)  # the key; the worker was heard of; the claim
+
+
+def test_a_claim_that_gets_a_task(quiet: Federation) -> None:
+    quiet.start()
+
+    with counted() as statements:
+        assert quiet.sites[0].try_claim() is not None
+
+    statements.at_most(4)  # and the offer, in one statement with all that it names
+
+
+def test_a_heartbeat(quiet: Federation) -> None:
+    quiet.start()
+    offer = quiet.sites[0].claim()
+
+    with counted() as statements:
+        assert quiet.sites[0].heartbeat(offer).held
+
+    statements.at_most(2)  # the key; the lease
+
+
+def test_an_update_from_its_admission_to_its_receipt(quiet: Federation) -> None:
+    quiet.start()
+    site = quiet.sites[0]
+    offer, body = site.claim(), arrays.encode(filled(1.0))
+
+    with Wire(quiet, site.worker) as wire:
+        with counted() as admission:
+            wire.put(offer, {**update_headers(offer, body), "expect": "100-continue"})
+            assert "100" in wire.first_line()
+        with counted() as acceptance:
+            wire.send(body)
+            assert wire.answer().status_code == 200
+    with counted() as repetition:
+        site.hand_in(offer, filled(1.0))
+
+    admission.at_most(ADMISSION)
+    acceptance.at_most(ACCEPTANCE)
+    repetition.at_most(REPETITION)
+
+
+def test_a_round_from_its_last_update_to_the_opening_of_the_next(quiet: Federation) -> None:
+    job = quiet.start(job_spec(rounds=2))
+    for site in quiet.sites[:2]:
+        site.hand_in(site.claim(), filled(1.0))
+    site, body = quiet.sites[2], arrays.encode(filled(1.0))
+    offer = site.claim()
+    of = quiet.researcher.jobs.round(job.id, 1).id
+
+    with Wire(quiet, site.worker) as wire:
+        wire.put(offer, {**update_headers(offer, body), "expect": "100-continue"})
+        assert "100" in wire.first_line()
+        with counted() as closing:
+            wire.send(body)
+            assert wire.answer().status_code == 200
+
+    aggregation, again = aggregated(quiet, of), aggregated(quiet, of)
+
+    closing.at_most(CLOSING)
+    aggregation.at_most(AGGREGATION)
+    again.at_most(1)  # there is nothing to do
+    assert quiet.researcher.jobs.round(job.id, 1).phase is RoundPhase.COMPLETED
+    assert quiet.job(job).state is JobState.RUNNING
+    assert quiet.job(job).current_round == 2
+
+
+def test_a_cohort_twice_as_large_costs_no_more_statements_to_close_and_open(
+    make_federation: Callable[..., Federation],
+) -> None:
+    def cost() -> int:
+        job = federation.start(job_spec(rounds=2))
+        for site in federation.sites:
+            site.hand_in(site.claim(), filled(1.0))
+        statements = aggregated(federation, federation.researcher.jobs.round(job.id, 1).id)
+        federation.researcher.jobs.cancel(job.id)
+        return len(statements)
+
+    federation = make_federation(coordinate=False)
+    three = cost()
+    federation.add(3)
+
+    assert cost() == three
+
