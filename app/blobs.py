@@ -1,12 +1,14 @@
-"""Bodies at rest: models and updates. Spooled, digested, checked beside the stream; durable before they are spoken of."""
+"""Bodies at rest: models and updates. Spooled and checked beside the stream; durable before they are spoken of."""
 
 import asyncio
 import contextlib
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -15,6 +17,7 @@ import anyio.to_thread
 from app.errors import DigestMismatch, LengthMismatch, NotFound
 
 PIECE_BYTES: Final = 1 << 20
+LISTED_AT_ONCE: Final = 500
 STALL_S: Final = 60.0
 """A body that brings nothing for so long is given up."""
 
@@ -86,6 +89,10 @@ class BlobStore(Protocol):
         """Forget `key`; forgetting what is not there is harmless."""
         ...
 
+    def list_old(self, older_than: timedelta) -> AsyncIterator[list[str]]:
+        """Keys last written longer ago than that, some hundreds at a time; old drafts are deleted on the way."""
+        ...
+
 
 class DirectoryBlobStore:
     """Blobs in a directory: written beside it, synced, renamed, and the directory synced."""
@@ -145,6 +152,23 @@ class DirectoryBlobStore:
     async def delete(self, key: str) -> None:
         """See `BlobStore`."""
         await anyio.to_thread.run_sync(lambda: self._path(key).unlink(missing_ok=True))
+
+    async def list_old(self, older_than: timedelta) -> AsyncIterator[list[str]]:
+        """See `BlobStore`."""
+        before = time.time() - older_than.total_seconds()
+        await anyio.to_thread.run_sync(self._delete_drafts, before)
+        keys = await anyio.to_thread.run_sync(self._keys, before)
+        for start in range(0, len(keys), LISTED_AT_ONCE):
+            yield keys[start : start + LISTED_AT_ONCE]
+
+    def _delete_drafts(self, before: float) -> None:
+        for path in self._drafts.iterdir():
+            if path.stat().st_mtime < before:
+                path.unlink(missing_ok=True)
+
+    def _keys(self, before: float) -> list[str]:
+        found = (path for path in self._root.rglob("*") if self._drafts not in path.parents and path.is_file())
+        return sorted(path.relative_to(self._root).as_posix() for path in found if path.stat().st_mtime < before)
 
     def _path(self, key: str) -> Path:
         parts = key.split("/")

@@ -6,6 +6,8 @@ Rounds are the truth, queue jobs are alarms. Everything that time makes due stan
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Final
@@ -16,6 +18,7 @@ from procrastinate import App as Queue
 from sqlalchemy import delete, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
+from app import retention
 from app.database import advisory_lock, clock
 from app.dependencies import Parts
 from app.models import IdempotencyKey, Round
@@ -77,8 +80,12 @@ async def _sweep_forever(parts: Parts) -> None:
     while True:
         try:
             async with advisory_lock(url, SWEEP_LOCK) as held:
+                collected = -math.inf
                 while held:
                     await sweep(parts)
+                    if time.monotonic() - collected >= retention.EVERY.total_seconds():
+                        await retention.collect_orphans(parts.sessions, parts.blobs)
+                        collected = time.monotonic()
                     await asyncio.sleep(pause)
         except Exception:
             log.exception("the sweep failed; it goes on")

@@ -18,6 +18,7 @@ from app.blobs import BlobStore
 from app.credentials import Signer, parse_key
 from app.database import Sessions, clock
 from app.errors import Forbidden, IdempotencyConflict, KeyExpired, KeyRevoked, SecretShownOnce, Unauthenticated
+from app.meters import Meters
 from app.models import ApiKey, IdempotencyKey, Organization, Principal, Worker
 from app.settings import Settings
 from app.wakeups import Wakeups
@@ -37,6 +38,7 @@ class Parts:
     signer: Signer
     wakeups: Wakeups
     queue: Queue
+    meters: Meters
 
 
 @dataclass(frozen=True, slots=True)

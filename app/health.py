@@ -1,10 +1,11 @@
 """Whether the process lives, whether it can work, and what it counts."""
 
 from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.dependencies import PartsOf
+from app.dependencies import Admin, PartsOf
 from app.errors import NotReady
 from app.problems import refuses
 from isthmus import __version__
@@ -22,7 +23,7 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz", summary="Can the service work?", responses=refuses(ProblemCode.NOT_READY))
-async def readyz(parts: PartsOf, response: Response) -> dict[str, str]:
+async def readyz(parts: PartsOf) -> dict[str, str]:
     """Asks the database, and whether changes are heard of."""
     try:
         async with parts.sessions() as session:
@@ -32,6 +33,18 @@ async def readyz(parts: PartsOf, response: Response) -> dict[str, str]:
     if not parts.wakeups.connected.is_set():
         raise NotReady("The listener is not connected to the database.", retry_after_s=1)
     return {"status": "ready"}
+
+
+@router.get(
+    "/metrics",
+    summary="Figures for Prometheus",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format."}, **refuses()},
+)
+async def metrics(parts: PartsOf, _caller: Admin) -> Response:
+    """Requests by route, workers that wait, rounds aggregated: of this process, for an admin's key."""
+    parts.meters.waiting.set(parts.wakeups.waiting())
+    return Response(parts.meters.rendered(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/service", summary="Who signs receipts here?")

@@ -16,6 +16,7 @@ from app.datasets.router import router as datasets
 from app.dependencies import Parts
 from app.jobs.router import router as jobs
 from app.ledger.router import router as ledger
+from app.meters import Metering, Meters
 from app.middleware import AccessLog, BodyLimit, SecureHeaders
 from app.organizations.router import router as organizations
 from app.participations.router import router as participations
@@ -28,7 +29,7 @@ from isthmus.wire.version import API_PREFIX
 
 
 @contextlib.asynccontextmanager
-async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
+async def open_parts(settings: Settings, meters: Meters | None = None) -> AsyncIterator[Parts]:
     """Everything that the service, or a coordinator on its own, works with; closed in reverse on leaving."""
     url = settings.resolved_database_url()
     direct = settings.database_direct_url or url
@@ -50,6 +51,7 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
                 signer=signer,
                 wakeups=Wakeups(direct, sessions),
                 queue=queue,
+                meters=meters or Meters(),
             )
     finally:
         await engine.dispose()
@@ -68,11 +70,12 @@ async def running(task: asyncio.Task[None]) -> AsyncIterator[None]:
 
 def create_app(settings: Settings) -> FastAPI:
     """The service, ready to be served."""
+    meters = Meters()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            parts = await stack.enter_async_context(open_parts(settings))
+            parts = await stack.enter_async_context(open_parts(settings, meters))
             app.state.parts = parts
             await stack.enter_async_context(running(asyncio.create_task(parts.wakeups.run())))
             if settings.coordinate:
@@ -82,6 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, **documentation.description())
     app.add_middleware(BodyLimit, limit=settings.max_json_bytes)
     app.add_middleware(SecureHeaders)
+    app.add_middleware(Metering, meters=meters)
     app.add_middleware(AccessLog)
     problems.install(app)
     documentation.install(app)

@@ -41,8 +41,6 @@ class Settings(BaseSettings):
     max_json_bytes: int = Field(default=4 << 20, ge=1 << 16)
     max_model_bytes: int = Field(default=8 << 30, ge=1 << 10)
     max_update_bytes: int = Field(default=16 << 30, ge=1 << 10)
-    admin_metrics: bool = True
-    """Serve Prometheus metrics at /metrics to admin keys."""
 
     @model_validator(mode="after")
     def _production_names_its_own_parts(self) -> Self:

@@ -1,7 +1,7 @@
 """The life of jobs and rounds as tables, and what the passing of time and updates asks of a round.
 
-Theory of operation. A round *collects*: its tasks are offered, claimed, uploaded. It closes in one of three ways: enough
-updates are in (`TARGET_REACHED`); the deadline has come, or nobody can bring more, and the minimum is in
+Theory of operation. A round *collects*: its tasks are offered, claimed, uploaded. It closes in one of three ways:
+enough updates are in (`TARGET_REACHED`); the deadline has come, or nobody can bring more, and the minimum is in
 (`DEADLINE_WITH_ENOUGH`); or the missing cannot be made up (`ATTEMPTS_EXHAUSTED`). Before it gives up it offers the
 missing tasks again (`OFFER_MISSING_AGAIN`) and keeps the updates that are in. Where it is grants that lack, its job
 pauses instead (`GRANTS_LACKING`); resumed, the round asks those that it did not ask before (`REFILLED`). A closed round

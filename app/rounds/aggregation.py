@@ -1,6 +1,7 @@
 """From a frozen set to the next model: read in canonical order, summed off the event loop, stored, published."""
 
 import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,14 +84,18 @@ async def aggregate_round(parts: Parts, round_id: UUID) -> None:
             plan = await _plan(session, round_id)
         if plan is None:
             return
+        began = time.perf_counter()
         try:
             result = await _compute(parts.blobs, plan) if plan.kind is TaskKind.TRAIN else None
         except (NonFiniteAggregate, CodecError, NotFound) as error:
             log.error("a round cannot be aggregated", round_id=str(round_id), error=str(error))
+            parts.meters.aggregations.labels("rejected").inc()
             await _reject(parts, plan, str(error))
             return
         async with parts.sessions.begin() as session:
             await _complete(session, plan, result)
+        parts.meters.aggregations.labels("published").inc()
+        parts.meters.aggregation_seconds.observe(time.perf_counter() - began)
 
 
 async def _plan(session: AsyncSession, round_id: UUID) -> _Plan | None:

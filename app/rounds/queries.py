@@ -131,7 +131,7 @@ class Candidate:
 
 
 async def list_candidates(session: AsyncSession, job_id: UUID, now: datetime) -> Sequence[Candidate]:
-    """Approved participations with a grant that holds at `now`, a confirmed dataset and a worker that is not revoked."""
+    """Approved participations with a grant that holds at `now`, a confirmed dataset and a worker not revoked."""
     found = await session.execute(
         select(Participation.id, Organization.name, Dataset.name, Dataset.worker_id, Grant.rounds - Grant.rounds_used)
         .join(Grant, Grant.participation_id == Participation.id)

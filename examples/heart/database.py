@@ -20,6 +20,13 @@ def settings_for(folder: Path) -> dict[str, str]:
     return {VARIABLE: urlunsplit(urlsplit(given)._replace(path=f"/{name}"))}
 
 
+def described(folder: Path) -> str:
+    """Where the records are, in words."""
+    if (record := _record(folder)).exists():
+        return f"the new database {record.read_text().strip()} of the server in {VARIABLE}"
+    return "a Postgres of its own"
+
+
 def clear(folder: Path) -> None:
     """After the service has ended: drop the database made for it, or stop a Postgres that it left behind."""
     if (record := _record(folder)).exists():

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from examples.heart import database
 from examples.heart.federation import Federation
 from examples.heart.hospitals import HOSPITALS, JOB, RESEARCHER
 from examples.heart.processes import SERVICE, ProcessDied, Processes, command, tail
@@ -51,7 +52,7 @@ def play(federation: Federation, teller: Teller, *, keep: bool) -> None:
     load_what_comes_later()
     federation.await_service()
     ready = time.monotonic()
-    teller.say("service", f"{federation.url}, with a Postgres of its own", seconds=ready - began)
+    teller.say("service", f"{federation.url}, with {database.described(federation.folder)}", seconds=ready - began)
 
     federation.admit()
     federation.start_workers(spec)

@@ -12,7 +12,8 @@ from uuid import UUID
 
 from examples.heart import database
 from examples.heart.hospitals import DATASET, HOSPITALS, RESEARCHER, Hospital, Site, furnish, use_policy
-from examples.heart.processes import SERVICE, Processes, command
+from examples.heart.processes import SERVICE, ProcessDied, Processes, command
+from examples.heart.stage import undisturbed
 from isthmus.client import Client
 from isthmus.wire.datasets import DatasetState, DatasetView
 from isthmus.wire.jobs import JobSpec
@@ -44,10 +45,14 @@ class Federation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._clients.close()
-        if not self.kept:
-            self.processes.stop()
-            database.clear(self.folder)
+        with undisturbed():
+            died = self._who_died() if isinstance(error, Exception) else None
+            self._clients.close()
+            if not self.kept:
+                self.processes.stop()
+                database.clear(self.folder)
+        if died is not None and died is not error:
+            raise died from error  # the cause of whatever we have noticed of it
 
     def start_service(self) -> None:
         """Start the service on a free port of this machine; it takes a few seconds until it answers."""
@@ -125,6 +130,13 @@ class Federation:
             client = Client(self.url, self.keys[principal])
             self._connected[principal] = self._clients.enter_context(client)
         return self._connected[principal]
+
+    def _who_died(self) -> ProcessDied | None:
+        try:
+            self.processes.require_all()
+        except ProcessDied as died:
+            return died
+        return None
 
     @property
     def _service(self) -> Path:

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,7 +80,9 @@ def stop_kept(folder: Path) -> bool:
 
 def how_to_stop(folder: Path) -> str:
     """The command that ends a demo."""
-    return "make demo-stop" if folder == DEFAULT else f"python -m examples.heart.demo --stop --dir {folder}"
+    if folder == DEFAULT:
+        return "make demo-stop"
+    return f"{sys.executable} -m examples.heart.demo --stop --dir {folder}"
 
 
 DEFAULT: Final = Path(__file__).parents[2] / ".demo"

@@ -1,4 +1,4 @@
-"""What a round costs in SQL statements. The numbers are bounds: whoever raises one says why, whoever lowers one is thanked.
+"""What a round costs in SQL statements: bounds that whoever raises one must explain.
 
 Statements of the queue and of advisory locks go past SQLAlchemy and are not counted; nor are BEGIN and COMMIT.
 """
@@ -24,11 +24,15 @@ from tests.standing import Wire, update_headers
 
 
 ADMISSION = 12
-"""The key; task, update, job, round, task and participation with its grant; the clock; the grant, two of the ledger, the task."""
-ACCEPTANCE = 0
-REPETITION = 0
+"""The key; task, update, job, round, task again under its lock, participation; clock; grant, two of the ledger, task."""
+ACCEPTANCE = 15
+"""Task, job, round, task under its lock, update, participation; clock; round, task, update; three of an event; what is due; NOTIFY."""
+REPETITION = 3
+"""The key, the task, the update."""
 CLOSING = 22
-AGGREGATION = 0
+"""An acceptance; the round, its tasks, two for the order of its set; three of an event."""
+AGGREGATION = 20
+"""Four to read; job, round, clock; three to publish, three of an event; candidates, round, tasks, three of an event; NOTIFY."""
 
 
 class Statements(list[str]):
