@@ -22,13 +22,20 @@ from app.coordinator import coordinating
 from app.database import migrate as migrate_database
 from app.database import open_engine, open_sessions
 from app.dependencies import Parts
+from app.errors import PlatformError
 from app.main import create_app, open_parts
 from app.settings import Settings
 
-cli = typer.Typer(help="The Isthmus service.", no_args_is_help=True, add_completion=False)
+cli = typer.Typer(
+    help="The Isthmus service.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 def _settings() -> Settings:
+    known = {f"ISTHMUS_{name}".upper() for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.upper().startswith("ISTHMUS_") and name.upper() not in known:
+            print(f"isthmus-server: {name} is none of our settings and is ignored.", file=sys.stderr)
     try:
         return Settings()
     except ValidationError as error:
@@ -103,7 +110,7 @@ def serve(
     _configure_log()
     with _with_database(_settings()) as settings:
         if migrate:
-            migrate_database(settings.resolved_database_url())
+            migrate_database(settings.direct_url())
         _first_admin_for_development(settings)
         app = create_app(settings)
         config = uvicorn.Config(
@@ -139,7 +146,7 @@ def coordinate() -> None:
 def migrate(revision: Annotated[str, typer.Argument(help="The revision to go to.")] = "head") -> None:
     """Bring the database's schema up to date."""
     with _with_database(_settings()) as settings:
-        migrate_database(settings.resolved_database_url(), revision)
+        migrate_database(settings.direct_url(), revision)
 
 
 @cli.command("create-admin")
@@ -148,7 +155,11 @@ def create_admin(
 ) -> None:
     """Create an admin of the platform and print its API key, once. The way into an empty service."""
     with _with_database(_settings()) as settings:
-        print(asyncio.run(_create_admin(settings, name)))
+        try:
+            print(asyncio.run(_create_admin(settings, name)))
+        except PlatformError as refusal:
+            print(f"isthmus-server: {refusal.detail}", file=sys.stderr)
+            raise typer.Exit(1) from None
 
 
 async def _create_admin(settings: Settings, name: str) -> str:
@@ -165,7 +176,10 @@ def _first_admin_for_development(settings: Settings) -> None:
     file: Path = settings.data_dir / "admin.key"
     if settings.environment == "production" or file.exists():
         return
-    key = asyncio.run(_create_admin(settings, "admin"))
+    try:
+        key = asyncio.run(_create_admin(settings, "admin"))
+    except PlatformError:  # somebody holds a key already; the file was moved away
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as out:

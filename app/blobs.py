@@ -85,8 +85,8 @@ class BlobStore(Protocol):
         """
         ...
 
-    async def delete(self, key: str) -> None:
-        """Forget `key`; forgetting what is not there is harmless."""
+    async def delete(self, key: str, *, unless_younger_than: timedelta | None = None) -> None:
+        """Forget `key`; forgetting what is not there, or was written again lately, is harmless."""
         ...
 
     def list_old(self, older_than: timedelta) -> AsyncIterator[list[str]]:
@@ -118,13 +118,14 @@ class DirectoryBlobStore:
         try:
             async for piece in _pieces(stream):
                 if writing is not None:
-                    await writing
+                    await asyncio.shield(writing)
                     if on_progress is not None:
                         await on_progress()
                 writing = asyncio.ensure_future(anyio.to_thread.run_sync(spool.write, piece))
             if writing is not None:
-                await writing
-            await anyio.to_thread.run_sync(spool.finish, digest, self._path(key))
+                await asyncio.shield(writing)
+            writing = asyncio.ensure_future(anyio.to_thread.run_sync(spool.finish, digest, self._path(key)))
+            await asyncio.shield(writing)
         except BaseException:
             if writing is not None:
                 with contextlib.suppress(BaseException):
@@ -149,32 +150,41 @@ class DirectoryBlobStore:
             raise NotFound("blob", key)
         return path
 
-    async def delete(self, key: str) -> None:
+    async def delete(self, key: str, *, unless_younger_than: timedelta | None = None) -> None:
         """See `BlobStore`."""
-        await anyio.to_thread.run_sync(lambda: self._path(key).unlink(missing_ok=True))
+        await anyio.to_thread.run_sync(self._delete, self._path(key), unless_younger_than)
+
+    def _delete(self, path: Path, unless_younger_than: timedelta | None) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if unless_younger_than is None or _age_s(path) >= unless_younger_than.total_seconds():
+                path.unlink()
 
     async def list_old(self, older_than: timedelta) -> AsyncIterator[list[str]]:
         """See `BlobStore`."""
-        before = time.time() - older_than.total_seconds()
-        await anyio.to_thread.run_sync(self._delete_drafts, before)
-        keys = await anyio.to_thread.run_sync(self._keys, before)
+        for draft in await anyio.to_thread.run_sync(lambda: list(self._drafts.iterdir())):
+            await anyio.to_thread.run_sync(self._delete, draft, older_than)
+        keys = await anyio.to_thread.run_sync(self._keys, older_than.total_seconds())
         for start in range(0, len(keys), LISTED_AT_ONCE):
             yield keys[start : start + LISTED_AT_ONCE]
 
-    def _delete_drafts(self, before: float) -> None:
-        for path in self._drafts.iterdir():
-            if path.stat().st_mtime < before:
-                path.unlink(missing_ok=True)
-
-    def _keys(self, before: float) -> list[str]:
-        found = (path for path in self._root.rglob("*") if self._drafts not in path.parents and path.is_file())
-        return sorted(path.relative_to(self._root).as_posix() for path in found if path.stat().st_mtime < before)
+    def _keys(self, age_s: float) -> list[str]:
+        found = []
+        for path in self._root.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # deleted a moment ago
+                if path.is_file() and self._drafts not in path.parents and _age_s(path) >= age_s:
+                    found.append(path.relative_to(self._root).as_posix())
+        return sorted(found)
 
     def _path(self, key: str) -> Path:
         parts = key.split("/")
         if any(part in ("", ".", "..") or not part.replace("-", "").isalnum() for part in parts):
             raise ValueError(f"{key!r} is not a key of a blob")
         return self._root.joinpath(*parts)
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since the file was written."""
+    return time.time() - path.stat().st_mtime
 
 
 class _Spool:

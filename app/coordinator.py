@@ -6,8 +6,6 @@ Rounds are the truth, queue jobs are alarms. Everything that time makes due stan
 
 import asyncio
 import contextlib
-import math
-import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Final
@@ -15,25 +13,29 @@ from uuid import UUID
 
 import structlog
 from procrastinate import App as Queue
-from sqlalchemy import delete, select, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import delete, select, text, update
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from app import retention
 from app.database import advisory_lock, clock
 from app.dependencies import Parts
 from app.models import IdempotencyKey, Round
-from app.participations.service import expire_grants, release_revoked_workers
+from app.participations.service import expire_grant, list_expired, list_stranded, release_stranded
 from app.queue import AGGREGATE_ROUND, ROUNDS, defer
+from app.retention import EVERY as ORPHANS_EVERY
+from app.retention import collect_orphans
 from app.rounds.aggregation import aggregate_round
 from app.rounds.closing import settle
-from app.rounds.offers import lapse_leases
-from app.rounds.queries import get_job, get_round, list_due_rounds
+from app.rounds.offers import lapse_leases, list_lapsed
+from app.rounds.opening import begin_if_enough
+from app.rounds.queries import get_job, get_round, list_due_rounds, list_waiting_jobs
 from isthmus.wire.rounds import RoundPhase
 
 log = structlog.get_logger(__name__)
 
 SWEEP_LOCK: Final = 0x15_74_4D_55_5357_4550
 IDEMPOTENCY_KEPT: Final = timedelta(hours=24)
+PATIENCE_MS: Final = 500
+"""So long a piece of the sweep waits for a lock."""
 
 
 def install_tasks(queue: Queue, parts: Parts) -> None:
@@ -47,9 +49,9 @@ def install_tasks(queue: Queue, parts: Parts) -> None:
 
 @contextlib.asynccontextmanager
 async def coordinating(parts: Parts) -> AsyncIterator[None]:
-    """Sweep and aggregate in the background of a block of code."""
+    """Sweep, aggregate and collect orphans in the background of a block of code."""
     install_tasks(parts.queue, parts)
-    tasks = [asyncio.create_task(_aggregate_forever(parts)), asyncio.create_task(_sweep_forever(parts))]
+    tasks = [asyncio.create_task(routine(parts)) for routine in (_aggregate_forever, _sweep_forever, _collect_forever)]
     try:
         yield
     finally:
@@ -67,7 +69,7 @@ async def _aggregate_forever(parts: Parts) -> None:
                 install_signal_handlers=False,
                 fetch_job_polling_interval=1.0,
                 shutdown_graceful_timeout=5,
-                delete_jobs="successful",
+                delete_jobs="always",  # a failure is logged, and the sweep asks again as long as the round wants it
             )
         except Exception:
             log.exception("the queue's worker stopped; it is started again")
@@ -76,57 +78,83 @@ async def _aggregate_forever(parts: Parts) -> None:
 
 async def _sweep_forever(parts: Parts) -> None:
     pause = parts.settings.sweep.total_seconds()
-    url = parts.settings.database_direct_url or parts.settings.resolved_database_url()
+    url = parts.settings.direct_url()
     while True:
         try:
             async with advisory_lock(url, SWEEP_LOCK) as held:
-                collected = -math.inf
                 while held:
                     await sweep(parts)
-                    if time.monotonic() - collected >= retention.EVERY.total_seconds():
-                        await retention.collect_orphans(parts.sessions, parts.blobs)
-                        collected = time.monotonic()
                     await asyncio.sleep(pause)
         except Exception:
             log.exception("the sweep failed; it goes on")
         await asyncio.sleep(pause)
 
 
+async def _collect_forever(parts: Parts) -> None:
+    """Every process that coordinates does it: deleting twice is harmless, and each may have a disk of its own."""
+    while True:
+        try:
+            await collect_orphans(parts.sessions, parts.blobs)
+        except Exception:
+            log.exception("orphaned blobs could not be collected; it is tried again")
+        await asyncio.sleep(ORPHANS_EVERY.total_seconds())
+
+
 async def sweep(parts: Parts) -> None:
-    """Do what time has made due: each piece in a transaction of its own, so that one bad row wedges nobody."""
-    async with parts.sessions.begin() as session:
-        await lapse_leases(session, await clock(session))
-    await expire_grants(parts.sessions, parts.queue)
-    await release_revoked_workers(parts.sessions, parts.queue)
-    await _settle_due_rounds(parts)
-    await _defer_forgotten_aggregations(parts)
-    async with parts.sessions.begin() as session:
-        now = await clock(session)
-        await session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < now - IDEMPOTENCY_KEPT))
+    """Do what time has made due, each piece in a transaction of its own that waits for no lock for long.
 
-
-async def _settle_due_rounds(parts: Parts) -> None:
+    So one bad row, or one job that somebody holds, wedges nobody else: its piece is skipped, and due again next time.
+    """
     async with parts.sessions() as session:
+        lapsed = await list_lapsed(session)
+        expired = await list_expired(session)
+        stranded = await list_stranded(session)
+        waiting = await list_waiting_jobs(session)
+    for job_id, round_id in lapsed:
+        async with _piece(parts, "leases", job_id) as session:
+            await lapse_leases(session, job_id, round_id)
+    for job_id, participation_id in expired:
+        async with _piece(parts, "a grant", job_id) as session:
+            await expire_grant(session, parts.queue, job_id, participation_id)
+    for job_id, round_id in stranded:
+        async with _piece(parts, "stranded tasks", job_id) as session:
+            await release_stranded(session, parts.queue, job_id, round_id)
+    for job_id in waiting:
+        async with _piece(parts, "a waiting job", job_id) as session:
+            await begin_if_enough(session, await get_job(session, job_id, "update"), await clock(session))
+    async with parts.sessions() as session:  # after the leases and grants: what they ended may have made rounds due
         due = await list_due_rounds(session, await clock(session))
     for job_id, round_id in due:
-        try:
-            async with parts.sessions.begin() as session:
-                job = await get_job(session, job_id, "update")
-                of = await get_round(session, round_id, "update")
-                await settle(session, parts.queue, job, of, await clock(session))
-        except SQLAlchemyError:
-            log.exception("a due round could not be settled", round_id=str(round_id))
+        async with _piece(parts, "a round", job_id) as session:
+            job = await get_job(session, job_id, "update")
+            of = await get_round(session, round_id, "update")
+            await settle(session, parts.queue, job, of, await clock(session))
+    async with _piece(parts, "forgotten aggregations") as session:
+        await _defer_forgotten_aggregations(session, parts)
+    async with _piece(parts, "old idempotency keys") as session:
+        kept = await clock(session) - IDEMPOTENCY_KEPT
+        await session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < kept))
 
 
-async def _defer_forgotten_aggregations(parts: Parts) -> None:
+@contextlib.asynccontextmanager
+async def _piece(parts: Parts, what: str, job_id: UUID | None = None) -> AsyncIterator[AsyncSession]:
+    """One piece of a sweep: its failure is logged, and the next piece goes on."""
+    try:
+        async with parts.sessions.begin() as session:
+            await session.execute(text(f"SET LOCAL lock_timeout = '{PATIENCE_MS}ms'"))
+            yield session
+    except Exception as error:
+        log.warning("a piece of the sweep was skipped", what=what, job_id=str(job_id), error=repr(error))
+
+
+async def _defer_forgotten_aggregations(session: AsyncSession, parts: Parts) -> None:
     """A killed process leaves rounds aggregating that nobody works on: ask again. Asking twice is harmless."""
-    async with parts.sessions.begin() as session:
-        now = await clock(session)
-        forgotten = await session.scalars(
-            select(Round.id)
-            .where(Round.phase == RoundPhase.AGGREGATING, Round.deferred_at <= now - parts.settings.aggregation_retry)
-            .with_for_update(skip_locked=True)
-        )
-        for round_id in forgotten.all():
-            await session.execute(update(Round).where(Round.id == round_id).values(deferred_at=now))
-            await defer(session, parts.queue, AGGREGATE_ROUND, round_id=round_id)
+    now = await clock(session)
+    forgotten = await session.scalars(
+        select(Round.id)
+        .where(Round.phase == RoundPhase.AGGREGATING, Round.deferred_at <= now - parts.settings.aggregation_retry)
+        .with_for_update(skip_locked=True)
+    )
+    for round_id in forgotten.all():
+        await session.execute(update(Round).where(Round.id == round_id).values(deferred_at=now))
+        await defer(session, parts.queue, AGGREGATE_ROUND, round_id=round_id)

@@ -165,6 +165,20 @@ async def _brief_caller(parts: PartsOf, credentials: Credentials) -> Caller:
 
 BriefCaller = Annotated[Caller, Depends(_brief_caller)]
 
+
+def _brief_holder_of(*scopes: Scope) -> Callable[[Caller], Caller]:
+    def holder(caller: BriefCaller) -> Caller:
+        return check_scope(caller, *scopes)
+
+    return holder
+
+
+BriefAgent = Annotated[Caller, Depends(_brief_holder_of(Scope.TASKS))]
+BriefJobReader = Annotated[Caller, Depends(_brief_holder_of(Scope.JOBS_READ))]
+BriefJobWriter = Annotated[Caller, Depends(_brief_holder_of(Scope.JOBS_WRITE))]
+BriefModelReader = Annotated[Caller, Depends(_brief_holder_of(Scope.JOBS_READ, Scope.TASKS))]
+BriefGrantWriter = Annotated[Caller, Depends(_brief_holder_of(Scope.GRANTS_WRITE))]
+
 View = TypeVar("View", bound=BaseModel)
 
 

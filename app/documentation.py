@@ -9,6 +9,7 @@ from starlette.staticfiles import StaticFiles
 from swagger_ui_bundle import swagger_ui_path
 
 from isthmus import __version__
+from isthmus.wire.version import PROBLEM_MEDIA_TYPE
 
 _TAGS: Final = [
     {"name": "jobs", "description": "Researchers: draft a job, give it a model, start it, watch it, take the model."},
@@ -37,7 +38,8 @@ _DESCRIPTION: Final = """
 never rows. *Stewards* confirm datasets, set policies and grant participations. *Researchers* draft jobs, start them and
 take the model.
 
-Every refusal is a problem document (RFC 9457) with a stable `code`. Lists answer `items` and `next_cursor`. Creations
+Every refusal is a problem document (RFC 9457) with a stable `code`; beside those that it lists, an operation may answer
+`body-too-large`, `not-ready` or `internal`. Lists answer `items` and `next_cursor`. Creations
 take `Idempotency-Key`. Times are RFC 3339 in UTC.
 """
 
@@ -54,8 +56,27 @@ def description() -> dict[str, Any]:
     }
 
 
+def _under_their_own_media_type(document: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI describes every model as JSON; refusals are problem documents."""
+    for item in document["paths"].values():
+        for operation in item.values():
+            for response in operation["responses"].values():
+                content = response.get("content", {})
+                if PROBLEM_MEDIA_TYPE in content and "application/json" in content:
+                    content[PROBLEM_MEDIA_TYPE] |= content.pop("application/json")
+    return document
+
+
 def install(app: FastAPI) -> None:
-    """Serve the page at /docs, with everything that it loads."""
+    """Describe the service, and serve the page at /docs with everything that it loads."""
+    generate = app.openapi
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _under_their_own_media_type(generate())
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to change the document
     app.mount("/docs/assets", StaticFiles(directory=swagger_ui_path), name="docs-assets")
 
     @app.get("/docs", include_in_schema=False)
@@ -72,5 +93,6 @@ def install(app: FastAPI) -> None:
                 "defaultModelsExpandDepth": 0,
                 "filter": True,
                 "tryItOutEnabled": False,
+                "validatorUrl": None,  # else the page would ask a service on the internet
             },
         )

@@ -22,7 +22,7 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz", summary="Can the service work?", responses=refuses(ProblemCode.NOT_READY))
+@router.get("/readyz", summary="Can the service work?", responses=refuses(ProblemCode.NOT_READY, needs_key=False))
 async def readyz(parts: PartsOf) -> dict[str, str]:
     """Asks the database, and whether changes are heard of."""
     try:

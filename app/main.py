@@ -32,7 +32,7 @@ from isthmus.wire.version import API_PREFIX
 async def open_parts(settings: Settings, meters: Meters | None = None) -> AsyncIterator[Parts]:
     """Everything that the service, or a coordinator on its own, works with; closed in reverse on leaving."""
     url = settings.resolved_database_url()
-    direct = settings.database_direct_url or url
+    direct = settings.direct_url()
     engine = open_engine(
         url, connections=settings.database_connections, pooled=settings.database_direct_url is not None
     )
@@ -82,7 +82,9 @@ def create_app(settings: Settings) -> FastAPI:
                 await stack.enter_async_context(coordinator.coordinating(parts))
             yield
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, **documentation.description())
+    app = FastAPI(
+        lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False, **documentation.description()
+    )
     app.add_middleware(BodyLimit, limit=settings.max_json_bytes)
     app.add_middleware(SecureHeaders)
     app.add_middleware(Metering, meters=meters)

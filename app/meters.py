@@ -1,6 +1,7 @@
 """What the service counts, for Prometheus. One registry an app: two in one process share no figures."""
 
 import time
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 

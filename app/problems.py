@@ -1,5 +1,7 @@
 """Every refusal becomes one kind of document; this is the only place that renders them."""
 
+from http import HTTPStatus
+
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +31,13 @@ _BY_STATUS = {
 }
 
 
+_SENTENCES = {
+    404: "There is no such address; /docs lists those that there are.",
+    405: "This address does not take that method; `Allow` lists those that it takes.",
+}
+"""For refusals of the router, which says no more than `Not Found`."""
+
+
 def render(document: Problem, *, headers: dict[str, str] | None = None) -> JSONResponse:
     """A problem document as a response."""
     return JSONResponse(
@@ -39,10 +48,19 @@ def render(document: Problem, *, headers: dict[str, str] | None = None) -> JSONR
     )
 
 
-def refuses(*codes: ProblemCode) -> dict[int | str, dict[str, object]]:
-    """What an operation may refuse, for its page in the documentation; the refusals of every operation are added."""
+_OF_KEYS = (
+    ProblemCode.UNAUTHENTICATED,
+    ProblemCode.KEY_EXPIRED,
+    ProblemCode.KEY_REVOKED,
+    ProblemCode.FORBIDDEN,
+    ProblemCode.INVALID_REQUEST,
+)
+
+
+def refuses(*codes: ProblemCode, needs_key: bool = True) -> dict[int | str, dict[str, object]]:
+    """What an operation may refuse, for its page in the documentation; what all with a key may refuse is added."""
     grouped: dict[int, list[ProblemCode]] = {}
-    for code in (ProblemCode.UNAUTHENTICATED, ProblemCode.FORBIDDEN, ProblemCode.INVALID_REQUEST, *codes):
+    for code in (*(_OF_KEYS if needs_key else ()), *codes):
         grouped.setdefault(PROBLEMS[code].status, []).append(code)
     return {
         status: {
@@ -107,7 +125,9 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     code = _BY_STATUS.get(error.status_code)
     if code is None:
         code = ProblemCode.INVALID_REQUEST if error.status_code < 500 else ProblemCode.INTERNAL
-    return render(problem(code, str(error.detail)), headers=dict(error.headers or {}))
+    bare = error.detail == HTTPStatus(error.status_code).phrase
+    detail = _SENTENCES.get(error.status_code, error.detail) if bare else error.detail
+    return render(problem(code, detail), headers=dict(error.headers or {}))
 
 
 async def _cut_off(request: Request, error: Exception) -> JSONResponse:
@@ -133,7 +153,9 @@ async def _database_gone(request: Request, error: Exception) -> JSONResponse:
 
 async def _bug(request: Request, error: Exception) -> JSONResponse:
     log.exception("unexpected failure", path=request.url.path)
-    return render(problem(ProblemCode.INTERNAL, "The failure was logged. Nothing was changed by this request."))
+    return render(
+        problem(ProblemCode.INTERNAL, "The failure was logged. Look at how things stand before you repeat the request.")
+    )
 
 
 def install(app: FastAPI) -> None:

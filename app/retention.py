@@ -19,13 +19,19 @@ EVERY: Final = timedelta(hours=1)
 
 
 async def collect_orphans(sessions: Sessions, blobs: BlobStore, *, older_than: timedelta = ORPHANED_AFTER) -> int:
-    """Delete blobs that no row names, once they are old; how many there were. Running it twice or never is harmless."""
+    """Delete blobs that no row names, once they are old; how many there were. Running it twice or never is harmless.
+
+    A database without a single checkpoint is not believed: it is rather the wrong one than all models' end.
+    """
+    async with sessions() as session:
+        if await session.scalar(select(Checkpoint.id).limit(1)) is None:
+            return 0
     deleted = 0
     async for keys in blobs.list_old(older_than):
         referred = await _referred(sessions, keys)
         for key in keys:
             if key not in referred:
-                await blobs.delete(key)
+                await blobs.delete(key, unless_younger_than=older_than)
                 deleted += 1
     if deleted:
         log.info("orphaned blobs were deleted", count=deleted)

@@ -1,11 +1,23 @@
 """Everything the server takes from its environment, read once and refused at start rather than at midnight."""
 
+import contextlib
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _seconds(value: Any) -> Any:
+    """`2` and `0.5` are seconds; `PT2S` and `00:00:02` are read as they are."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return timedelta(seconds=float(value))
+    return value
+
+
+Span = Annotated[timedelta, BeforeValidator(_seconds), Field(gt=timedelta(0))]
 
 
 class Settings(BaseSettings):
@@ -29,13 +41,13 @@ class Settings(BaseSettings):
 
     coordinate: bool = True
     """Open, close and aggregate rounds in this process; False where `isthmus-server coordinate` runs."""
-    sweep: timedelta = timedelta(seconds=1)
+    sweep: Span = timedelta(seconds=1)
     """How often due rounds, leases and grants are looked for."""
-    lease: timedelta = timedelta(seconds=15)
-    heartbeat: timedelta = timedelta(seconds=5)
-    longest_wait: timedelta = timedelta(seconds=60)
+    lease: Span = timedelta(seconds=15)
+    heartbeat: Span = timedelta(seconds=5)
+    longest_wait: Span = timedelta(seconds=60)
     """The longest that a claim may wait."""
-    aggregation_retry: timedelta = timedelta(seconds=5)
+    aggregation_retry: Span = timedelta(seconds=5)
     """An aggregation that nobody works on is deferred again after so long."""
 
     max_json_bytes: int = Field(default=4 << 20, ge=1 << 16)
@@ -53,6 +65,10 @@ class Settings(BaseSettings):
         if self.lease <= self.heartbeat:
             raise ValueError("ISTHMUS_LEASE must be longer than ISTHMUS_HEARTBEAT, else every lease is lost")
         return self
+
+    def direct_url(self) -> str:
+        """The way to the database past a pooler, for what lives in a session: LISTEN, advisory locks, migrations."""
+        return self.database_direct_url or self.resolved_database_url()
 
     def resolved_database_url(self) -> str:
         """The database to use.

@@ -69,7 +69,7 @@ class Wakeups:
         while True:
             try:
                 await self._listen()
-            except (psycopg.Error, OSError) as error:
+            except Exception as error:  # whatever it was: who waits here must be woken again
                 log.warning("the listener lost its connection", error=str(error))
             finally:
                 self.connected.clear()
@@ -91,11 +91,15 @@ class Wakeups:
         _set(event for job in jobs for event in self._jobs.get(job, ()))
         if not self._workers:
             return
-        async with self._sessions() as session:
-            offered = await session.scalars(
-                select(Task.worker_id).where(Task.state == TaskState.OFFERED, Task.job_id.in_(jobs)).distinct()
-            )
-            concerned = set(offered)
+        try:
+            async with self._sessions() as session:
+                offered = await session.scalars(
+                    select(Task.worker_id).where(Task.state == TaskState.OFFERED, Task.job_id.in_(jobs)).distinct()
+                )
+                concerned = set(offered)
+        except Exception as error:  # rather all of them too early than one of them too late
+            log.warning("who is concerned could not be asked; everybody is woken", error=str(error))
+            concerned = set(self._workers)
         _set(event for worker in concerned for event in self._workers.get(worker, ()))
 
 

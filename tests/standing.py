@@ -50,7 +50,7 @@ def _standing(
 
 @pytest.fixture
 def standing(_standing: Federation) -> Iterator[Federation]:
-    """Three sites that approve by rule, as other tests of the file left them; jobs still open are cancelled afterwards."""
+    """Three sites that approve by rule, as the tests before left them; jobs still open are cancelled afterwards."""
     yield _standing
     for job in _standing.researcher.jobs.list():
         if job.state not in ENDED_JOBS:

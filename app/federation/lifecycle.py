@@ -3,9 +3,9 @@
 Theory of operation. A round *collects*: its tasks are offered, claimed, uploaded. It closes in one of three ways:
 enough updates are in (`TARGET_REACHED`); the deadline has come, or nobody can bring more, and the minimum is in
 (`DEADLINE_WITH_ENOUGH`); or the missing cannot be made up (`ATTEMPTS_EXHAUSTED`). Before it gives up it offers the
-missing tasks again (`OFFER_MISSING_AGAIN`) and keeps the updates that are in. Where it is grants that lack, its job
-pauses instead (`GRANTS_LACKING`); resumed, the round asks those that it did not ask before (`REFILLED`). A closed round
-*aggregates* a frozen set; that ends in a checkpoint, or in a rejection if the set has no finite mean.
+missing tasks again (`OFFER_MISSING_AGAIN`) and keeps the updates that are in. A round that lost too many of those that
+it asked asks the others (`REFILLED`); where there are none because grants lack, its job pauses (`GRANTS_LACKING`). A
+closed round *aggregates* a frozen set; that ends in a checkpoint, or in a rejection if the set has no finite mean.
 
 Nothing outside of this file decides a phase. Nothing in it reads a clock: `now` is a parameter, and it is Postgres's.
 """
@@ -43,7 +43,6 @@ class JobEvent(StrEnum):
     ENOUGH_APPROVED = "enough-approved"
     PAUSED = "paused"
     RESUMED = "resumed"
-    RESUMED_TO_WAIT = "resumed-to-wait"
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -55,7 +54,7 @@ ROUND_TRANSITIONS: Final[Mapping[tuple[RoundPhase, RoundEvent], RoundPhase]] = M
         (RoundPhase.COLLECTING, RoundEvent.DEADLINE_WITH_ENOUGH): RoundPhase.AGGREGATING,
         (RoundPhase.COLLECTING, RoundEvent.OFFER_MISSING_AGAIN): RoundPhase.COLLECTING,  # attempt + 1
         (RoundPhase.COLLECTING, RoundEvent.GRANTS_LACKING): RoundPhase.COLLECTING,  # and the job pauses
-        (RoundPhase.COLLECTING, RoundEvent.REFILLED): RoundPhase.COLLECTING,  # resumed: asks those that it did not ask
+        (RoundPhase.COLLECTING, RoundEvent.REFILLED): RoundPhase.COLLECTING,  # asks those that it did not ask
         (RoundPhase.COLLECTING, RoundEvent.ATTEMPTS_EXHAUSTED): RoundPhase.FAILED,
         (RoundPhase.COLLECTING, RoundEvent.JOB_CANCELLED): RoundPhase.CANCELLED,
         (RoundPhase.AGGREGATING, RoundEvent.AGGREGATE_STORED): RoundPhase.COMPLETED,
@@ -69,6 +68,7 @@ JOB_TRANSITIONS: Final[Mapping[tuple[JobState, JobEvent], JobState]] = MappingPr
         (JobState.DRAFT, JobEvent.STARTED): JobState.AWAITING_APPROVAL,
         (JobState.DRAFT, JobEvent.CANCELLED): JobState.CANCELLED,
         (JobState.AWAITING_APPROVAL, JobEvent.ENOUGH_APPROVED): JobState.RUNNING,
+        (JobState.AWAITING_APPROVAL, JobEvent.FAILED): JobState.FAILED,  # too many said no
         (JobState.AWAITING_APPROVAL, JobEvent.CANCELLED): JobState.CANCELLED,
         (JobState.RUNNING, JobEvent.PAUSED): JobState.PAUSED,
         (JobState.RUNNING, JobEvent.COMPLETED): JobState.COMPLETED,
@@ -129,7 +129,8 @@ class RoundState:
         target_updates, min_updates, attempt, attempts: of the round.
         open_tasks: tasks that may still bring an update in this attempt.
         offered_again: tasks that ended without an update and may be offered once more.
-        able: participations of the job that are approved and under a grant that holds.
+        able: participations of the job that may be asked now. Looked at only where the round cannot be filled.
+        unasked: those of them that the round did not ask. Looked at only where the round cannot be filled.
         closes_at: the deadline of this attempt.
         uploading_until: until when uploads that make progress hold the round open; None if there are none.
     """
@@ -144,13 +145,19 @@ class RoundState:
     open_tasks: int
     offered_again: int
     able: int
+    unasked: int
     closes_at: datetime
     uploading_until: datetime | None
 
     @property
     def can_be_filled(self) -> bool:
         """Whether the tasks that it has could still bring the round to its minimum."""
-        return self.accepted + self.open_tasks + self.offered_again >= self.min_updates
+        return self.possible >= self.min_updates
+
+    @property
+    def possible(self) -> int:
+        """Updates that could be in, if every task that it has brought one."""
+        return self.accepted + self.open_tasks + self.offered_again
 
 
 def due_event(state: RoundState, now: datetime) -> RoundEvent | None:  # noqa: PLR0911 -- it reads as a list of cases
@@ -172,6 +179,8 @@ def due_event(state: RoundState, now: datetime) -> RoundEvent | None:  # noqa: P
     if state.paused:
         return None
     if not state.can_be_filled:
+        if state.possible + state.unasked >= state.min_updates:
+            return RoundEvent.REFILLED
         return RoundEvent.GRANTS_LACKING if state.able < state.min_updates else RoundEvent.ATTEMPTS_EXHAUSTED
     if now < state.closes_at and state.open_tasks:
         return None

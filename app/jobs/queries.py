@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.dependencies import Caller
 from app.errors import NotFound
 from app.federation.pooling import site_metrics
-from app.models import Checkpoint, Dataset, Job, Organization, Participation, Principal, Round, Task, Update
+from app.models import Checkpoint, Dataset, Grant, Job, Organization, Participation, Principal, Round, Task, Update
 from app.pagination import Paging, paginate
 from app.rounds.queries import find_open_round, list_tasks
 from isthmus.wire.base import Page
@@ -32,6 +32,37 @@ def visible_to(caller: Caller) -> ColumnElement[bool]:
         .where(Participation.job_id == Job.id, Dataset.organization_id == caller.organization_id)
     )
     return exists(asked)
+
+
+def open_to(caller: Caller) -> ColumnElement[bool]:
+    """Whose models and records may be read: as `visible_to`, but a steward's only where it said yes once.
+
+    Being asked is not being part of it: who refuses a job sees what is asked, and not what the others answered.
+    """
+    if caller.role is not Role.STEWARD:
+        return visible_to(caller)
+    granted = (
+        select(Grant.id)
+        .join(Participation, Participation.id == Grant.participation_id)
+        .join(Dataset, Dataset.id == Participation.dataset_id)
+        .where(Participation.job_id == Job.id, Dataset.organization_id == caller.organization_id)
+    )
+    return exists(granted)
+
+
+def _own(caller: Caller) -> UUID | None:
+    """The one organization whose tasks, updates and results the caller may see; None: all of them."""
+    return caller.organization_id if caller.role is Role.STEWARD else None
+
+
+async def require_open(session: AsyncSession, caller: Caller, job_id: UUID) -> None:
+    """Whether the caller may read the job's models and its record.
+
+    Raises:
+        NotFound: missing, another's, or of a job that the steward never granted anything.
+    """
+    if await session.scalar(select(Job.id).where(Job.id == job_id, open_to(caller))) is None:
+        raise NotFound("job", job_id)
 
 
 async def require_visible(session: AsyncSession, caller: Caller, job_id: UUID) -> None:
@@ -100,14 +131,14 @@ def _view(job: Job, owner: str, current_round: int | None) -> JobView:
     )
 
 
-async def page_rounds(session: AsyncSession, job_id: UUID, paging: Paging) -> Page[RoundView]:
+async def page_rounds(session: AsyncSession, caller: Caller, job_id: UUID, paging: Paging) -> Page[RoundView]:
     """One page of a job's rounds, in order."""
     statement = select(Round).where(Round.job_id == job_id)
     rows, cursor = await paginate(session, statement, Round.number, int, paging)
-    return Page[RoundView](items=await _round_views(session, [row[0] for row in rows]), next_cursor=cursor)
+    return Page[RoundView](items=await _round_views(session, caller, [row[0] for row in rows]), next_cursor=cursor)
 
 
-async def get_round_view(session: AsyncSession, job_id: UUID, number: int) -> RoundView:
+async def get_round_view(session: AsyncSession, caller: Caller, job_id: UUID, number: int) -> RoundView:
     """One round of a job.
 
     Raises:
@@ -117,17 +148,21 @@ async def get_round_view(session: AsyncSession, job_id: UUID, number: int) -> Ro
     of = found.one_or_none()
     if of is None:
         raise NotFound("round", number)
-    return (await _round_views(session, [of]))[0]
+    return (await _round_views(session, caller, [of]))[0]
 
 
-async def _updates(session: AsyncSession, round_ids: list[UUID]) -> dict[UUID, list[tuple[Update, str, str]]]:
-    found = await session.execute(
+async def _updates(
+    session: AsyncSession, caller: Caller, round_ids: list[UUID]
+) -> dict[UUID, list[tuple[Update, str, str]]]:
+    statement = (
         select(Update, Organization.name, Dataset.name)
         .join(Participation, Participation.id == Update.participation_id)
         .join(Dataset, Dataset.id == Participation.dataset_id)
         .join(Organization, Organization.id == Dataset.organization_id)
         .where(Update.round_id.in_(round_ids), Update.excluded.is_(False))
     )
+    own = _own(caller)
+    found = await session.execute(statement if own is None else statement.where(Dataset.organization_id == own))
     grouped: dict[UUID, list[tuple[Update, str, str]]] = {round_id: [] for round_id in round_ids}
     for update, organization, dataset in found:
         grouped[update.round_id].append((update, organization, dataset))
@@ -136,10 +171,10 @@ async def _updates(session: AsyncSession, round_ids: list[UUID]) -> dict[UUID, l
     return grouped
 
 
-async def _round_views(session: AsyncSession, rounds: list[Round]) -> list[RoundView]:
+async def _round_views(session: AsyncSession, caller: Caller, rounds: list[Round]) -> list[RoundView]:
     ids = [of.id for of in rounds]
-    tasks = await list_tasks(session, ids)
-    updates = await _updates(session, ids)
+    tasks = await list_tasks(session, ids, _own(caller))
+    updates = await _updates(session, caller, ids)
     return [
         RoundView(
             id=of.id,
@@ -181,12 +216,12 @@ def _update_view(update: Update, organization: str, dataset: str) -> UpdateView:
     )
 
 
-async def page_metrics(session: AsyncSession, job_id: UUID, paging: Paging) -> Page[RoundMetrics]:
+async def page_metrics(session: AsyncSession, caller: Caller, job_id: UUID, paging: Paging) -> Page[RoundMetrics]:
     """One page of what a job's rounds measured, in order."""
     statement = select(Round).where(Round.job_id == job_id, Round.kind != TaskKind.STATISTICS)
     rows, cursor = await paginate(session, statement, Round.number, int, paging)
     rounds = [row[0] for row in rows]
-    updates = await _updates(session, [of.id for of in rounds])
+    updates = await _updates(session, caller, [of.id for of in rounds])
     items = [
         RoundMetrics(
             round_number=of.number,
@@ -229,7 +264,7 @@ async def require_checkpoint(session: AsyncSession, caller: Caller, digest: str)
             exists(asked.where(Task.worker_id == caller.worker_id, Round.model_digest == Checkpoint.digest))
         )
     else:
-        statement = statement.join(Job, Job.id == Checkpoint.job_id).where(visible_to(caller))
+        statement = statement.join(Job, Job.id == Checkpoint.job_id).where(open_to(caller))
     size: int | None = await session.scalar(statement.limit(1))
     if size is None:
         raise NotFound("checkpoint", digest)
@@ -242,7 +277,7 @@ async def get_model_digest(session: AsyncSession, caller: Caller, job_id: UUID) 
     Raises:
         NotFound: the job is missing or another's, or has no model yet.
     """
-    await require_visible(session, caller, job_id)
+    await require_open(session, caller, job_id)
     digest: str | None = await session.scalar(select(Job.model_digest).where(Job.id == job_id))
     if digest is None:
         raise NotFound("model of job", job_id)

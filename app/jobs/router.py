@@ -8,22 +8,32 @@ from uuid import UUID
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials
 
 from app.audit.queries import list_events, page_events
 from app.audit.service import job_stream
 from app.blobs import checkpoint_key
 from app.dependencies import (
-    BriefCaller,
-    Caller,
+    BriefJobReader,
+    BriefJobWriter,
+    BriefModelReader,
+    Credentials,
     JobReader,
     JobWriter,
     Parts,
     PartsOf,
     Repeatable,
     Transaction,
-    check_scope,
+    authenticate,
 )
-from app.errors import BodyTooLarge, InvalidRequest, LengthRequired, RangeNotSatisfiable, UnsupportedMediaType
+from app.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    LengthRequired,
+    PlatformError,
+    RangeNotSatisfiable,
+    UnsupportedMediaType,
+)
 from app.federation.lifecycle import ENDED_JOBS
 from app.jobs import queries, service
 from app.jobs.initial_model import ModelInspector
@@ -34,12 +44,12 @@ from app.problems import refuses
 from isthmus.wire.base import Digest, Page, format_repr_digest, parse_repr_digest
 from isthmus.wire.events import EventView
 from isthmus.wire.jobs import CancelJob, CreateJob, JobState, JobView, ParticipationView
-from isthmus.wire.organizations import Scope
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import CheckpointView, RoundMetrics, RoundView
 from isthmus.wire.version import DIGEST_HEADER, EVENTS_MEDIA_TYPE, TENSORS_MEDIA_TYPE
 
-router = APIRouter(tags=["jobs"])
+jobs = APIRouter(tags=["jobs"])
+checkpoints = APIRouter(tags=["checkpoints"])
 
 KEEP_ALIVE_S = 15.0
 LARGEST = 2**31 - 1
@@ -53,7 +63,7 @@ _TENSORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post(
+@jobs.post(
     "/jobs",
     status_code=201,
     summary="Draft a job",
@@ -68,7 +78,7 @@ async def create_job(body: CreateJob, caller: JobWriter, session: Transaction, o
     return await once(JobView, body, act)
 
 
-@router.get("/jobs", summary="Jobs", responses=refuses(ProblemCode.CURSOR_INVALID))
+@jobs.get("/jobs", summary="Jobs", responses=refuses(ProblemCode.CURSOR_INVALID))
 async def list_jobs(
     caller: JobReader,
     session: Transaction,
@@ -79,13 +89,13 @@ async def list_jobs(
     return await queries.page_jobs(session, caller, paging, state=state)
 
 
-@router.get("/jobs/{job_id}", summary="One job", responses=refuses(ProblemCode.NOT_FOUND))
+@jobs.get("/jobs/{job_id}", summary="One job", responses=refuses(ProblemCode.NOT_FOUND))
 async def get_job(job_id: UUID, caller: JobReader, session: Transaction) -> JobView:
     """A job, where it stands, and why."""
     return await queries.get_job_view(session, caller, job_id)
 
 
-@router.put(
+@jobs.put(
     "/jobs/{job_id}/model",
     summary="Upload the initial model",
     responses=refuses(
@@ -111,13 +121,12 @@ async def put_model(
     job_id: UUID,
     request: Request,
     parts: PartsOf,
-    caller: BriefCaller,
+    caller: BriefJobWriter,
     digest: Annotated[
         str, Header(alias=DIGEST_HEADER, max_length=500, description="`sha-256=:<base64>:` of the whole body.")
     ],
 ) -> JobView:
     """Give a draft the model that round 1 starts from; it is checked against the job's layers as it arrives."""
-    check_scope(caller, Scope.JOBS_WRITE)
     length = _declared_length(request, parts.settings.max_model_bytes)
     try:
         expected = parse_repr_digest(digest)
@@ -146,30 +155,27 @@ def _declared_length(request: Request, largest: int) -> int:
     return int(length)
 
 
-@router.get(
+@jobs.get(
     "/jobs/{job_id}/model",
     summary="Download the newest model",
     response_class=FileResponse,
     responses={**_TENSORS, **refuses(ProblemCode.NOT_FOUND, ProblemCode.RANGE_NOT_SATISFIABLE)},
 )
-async def get_model(job_id: UUID, request: Request, parts: PartsOf, caller: BriefCaller) -> Response:
+async def get_model(job_id: UUID, request: Request, parts: PartsOf, caller: BriefJobReader) -> Response:
     """The newest checkpoint of a job: the final model, once it has completed."""
-    check_scope(caller, Scope.JOBS_READ)
     async with parts.sessions() as session:
         digest = await queries.get_model_digest(session, caller, job_id)
     return await _checkpoint(parts, request, digest, immutable=False)
 
 
-@router.get(
+@checkpoints.get(
     "/checkpoints/{digest}",
     summary="Download a checkpoint",
-    tags=["checkpoints"],
     response_class=FileResponse,
     responses={**_TENSORS, **refuses(ProblemCode.NOT_FOUND, ProblemCode.RANGE_NOT_SATISFIABLE)},
 )
-async def get_checkpoint(digest: Digest, request: Request, parts: PartsOf, caller: BriefCaller) -> Response:
+async def get_checkpoint(digest: Digest, request: Request, parts: PartsOf, caller: BriefModelReader) -> Response:
     """A model by its digest. The bytes behind a digest never change, so keep them as long as you like."""
-    check_scope(caller, Scope.JOBS_READ, Scope.TASKS)
     async with parts.sessions() as session:
         await queries.require_checkpoint(session, caller, digest)
     return await _checkpoint(parts, request, digest, immutable=True)
@@ -199,7 +205,7 @@ async def _checkpoint(parts: Parts, request: Request, digest: str, *, immutable:
     return FileResponse(path, media_type=TENSORS_MEDIA_TYPE, headers=headers)
 
 
-@router.post(
+@jobs.post(
     "/jobs/{job_id}/start",
     summary="Start a job",
     responses=refuses(
@@ -212,7 +218,7 @@ async def start(job_id: UUID, caller: JobWriter, session: Transaction) -> JobVie
     return await queries.get_job_view(session, caller, job_id)
 
 
-@router.post(
+@jobs.post(
     "/jobs/{job_id}/pause",
     summary="Pause a job",
     responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.STATE_CONFLICT),
@@ -223,7 +229,7 @@ async def pause(job_id: UUID, caller: JobWriter, session: Transaction) -> JobVie
     return await queries.get_job_view(session, caller, job_id)
 
 
-@router.post(
+@jobs.post(
     "/jobs/{job_id}/resume",
     summary="Resume a job",
     responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.STATE_CONFLICT),
@@ -234,7 +240,7 @@ async def resume(job_id: UUID, parts: PartsOf, caller: JobWriter, session: Trans
     return await queries.get_job_view(session, caller, job_id)
 
 
-@router.post(
+@jobs.post(
     "/jobs/{job_id}/cancel",
     summary="Cancel a job",
     responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.STATE_CONFLICT),
@@ -245,7 +251,7 @@ async def cancel(job_id: UUID, body: CancelJob, caller: JobWriter, session: Tran
     return await queries.get_job_view(session, caller, job_id)
 
 
-@router.get(
+@jobs.get(
     "/jobs/{job_id}/participations",
     summary="Who takes part",
     responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.CURSOR_INVALID),
@@ -258,7 +264,7 @@ async def list_participations(
     return await page_participations(session, caller, paging, job_id=job_id)
 
 
-@router.get(
+@jobs.get(
     "/jobs/{job_id}/rounds",
     summary="Rounds",
     responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.CURSOR_INVALID),
@@ -266,19 +272,19 @@ async def list_participations(
 async def list_rounds(job_id: UUID, caller: JobReader, session: Transaction, paging: Paging) -> Page[RoundView]:
     """The job's rounds with their tasks and updates: who is in, who is missing, and why."""
     await queries.require_visible(session, caller, job_id)
-    return await queries.page_rounds(session, job_id, paging)
+    return await queries.page_rounds(session, caller, job_id, paging)
 
 
-@router.get("/jobs/{job_id}/rounds/{number}", summary="One round", responses=refuses(ProblemCode.NOT_FOUND))
+@jobs.get("/jobs/{job_id}/rounds/{number}", summary="One round", responses=refuses(ProblemCode.NOT_FOUND))
 async def get_round(
     job_id: UUID, number: Annotated[int, Path(ge=0, le=LARGEST)], caller: JobReader, session: Transaction
 ) -> RoundView:
     """One round by its number: 0 gathers statistics, 1 to `rounds` train, one more evaluates the final model."""
     await queries.require_visible(session, caller, job_id)
-    return await queries.get_round_view(session, job_id, number)
+    return await queries.get_round_view(session, caller, job_id, number)
 
 
-@router.get(
+@jobs.get(
     "/jobs/{job_id}/metrics",
     summary="Metrics",
     responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.CURSOR_INVALID),
@@ -286,10 +292,10 @@ async def get_round(
 async def list_metrics(job_id: UUID, caller: JobReader, session: Transaction, paging: Paging) -> Page[RoundMetrics]:
     """What every round measured, over all sites and at each, as far as the job's evaluation releases it."""
     await queries.require_visible(session, caller, job_id)
-    return await queries.page_metrics(session, job_id, paging)
+    return await queries.page_metrics(session, caller, job_id, paging)
 
 
-@router.get(
+@jobs.get(
     "/jobs/{job_id}/checkpoints",
     summary="Checkpoints",
     responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.CURSOR_INVALID),
@@ -298,11 +304,11 @@ async def list_checkpoints(
     job_id: UUID, caller: JobReader, session: Transaction, paging: Paging
 ) -> Page[CheckpointView]:
     """The model after every round, by digest; round 0 is the initial one."""
-    await queries.require_visible(session, caller, job_id)
+    await queries.require_open(session, caller, job_id)
     return await queries.page_checkpoints(session, job_id, paging)
 
 
-@router.get(
+@jobs.get(
     "/jobs/{job_id}/events",
     summary="What happened",
     response_model=Page[EventView],
@@ -318,31 +324,38 @@ async def list_events_of_job(
     job_id: UUID,
     request: Request,
     parts: PartsOf,
-    caller: BriefCaller,
+    caller: BriefJobReader,
+    credentials: Credentials,
     paging: Paging,
     after: Annotated[int, Query(ge=0, le=LARGEST, description="Only events after this number.")] = 0,
     last_event_id: Annotated[int | None, Header(ge=0, le=LARGEST, description="Where a broken stream goes on.")] = None,
 ) -> Page[EventView] | Response:
     """The job's hash-chained events, as a page or as server-sent events."""
-    check_scope(caller, Scope.JOBS_READ)
     since = last_event_id if last_event_id is not None else after
     async with parts.sessions() as session:
-        await queries.require_visible(session, caller, job_id)
+        await queries.require_open(session, caller, job_id)
         if EVENTS_MEDIA_TYPE not in request.headers.get("accept", ""):
             return await page_events(session, job_stream(job_id), paging, after=since)
     return StreamingResponse(
-        _stream(parts, caller, job_id, since),
+        _stream(parts, credentials, job_id, since),
         media_type=EVENTS_MEDIA_TYPE,
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
-async def _stream(parts: Parts, caller: Caller, job_id: UUID, after: int) -> AsyncIterator[bytes]:
-    """Events as they come; the connection waits without holding one to the database."""
+async def _stream(
+    parts: Parts, credentials: HTTPAuthorizationCredentials | None, job_id: UUID, after: int
+) -> AsyncIterator[bytes]:
+    """Events as they come, as long as the key is good; the stream waits without a connection to the database."""
     async with parts.wakeups.job(job_id) as woken:
         while True:
             woken.clear()
-            async with parts.sessions() as session:
+            async with parts.sessions.begin() as session:
+                try:
+                    caller = await authenticate(session, credentials)
+                    await queries.require_open(session, caller, job_id)
+                except PlatformError:
+                    return
                 job = await session.get_one(Job, job_id)
                 ended = job.state in ENDED_JOBS  # read before the events: the last one is not missed
                 events = await list_events(session, job_stream(job_id), after=after)
@@ -357,3 +370,8 @@ async def _stream(parts: Parts, caller: Caller, job_id: UUID, after: int) -> Asy
                 await asyncio.wait_for(woken.wait(), KEEP_ALIVE_S)
             except TimeoutError:
                 yield b": still here\n\n"
+
+
+router = APIRouter()
+router.include_router(jobs)
+router.include_router(checkpoints)

@@ -17,8 +17,8 @@ from app.models import Checkpoint, Job, Principal, Round
 from app.participations.service import request_participations
 from app.rounds.closing import cancel as close_cancelled
 from app.rounds.closing import settle
-from app.rounds.opening import begin_if_enough, proceed, refill
-from app.rounds.queries import find_open_round, get_job, last_finished_number, round_state
+from app.rounds.opening import begin_if_enough, proceed
+from app.rounds.queries import find_open_round, get_job, last_finished_number
 from app.wakeups import announce_change
 from isthmus.wire.base import digest_of
 from isthmus.wire.events import EventKind
@@ -145,8 +145,6 @@ async def resume(session: AsyncSession, queue: Queue, caller: Caller, job_id: UU
                 update(Round).where(Round.id == of.id).values(closes_at=Round.closes_at + (now - paused_at))
             )
             await session.refresh(of)
-        if not (await round_state(session, job, of)).can_be_filled:
-            await refill(session, job, of, now)
         await settle(session, queue, job, of, now)
     await announce_change(session, job_id)
 

@@ -5,7 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query
 
-from app.dependencies import AnyCaller, GrantWriter, PartsOf, Transaction, check_scope
+from app.dependencies import AnyCaller, BriefGrantWriter, GrantWriter, PartsOf, Transaction, check_scope
 from app.pagination import Page as Paging
 from app.participations import queries, service
 from app.problems import refuses
@@ -75,7 +75,7 @@ async def reject(
     responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.STATE_CONFLICT),
 )
 async def withdraw(
-    participation_id: UUID, body: WithdrawParticipation, parts: PartsOf, caller: GrantWriter
+    participation_id: UUID, body: WithdrawParticipation, parts: PartsOf, caller: BriefGrantWriter
 ) -> ParticipationView:
     """Take a grant back, in the middle of a round if need be: an update that is not summed yet leaves the set."""
     async with parts.sessions.begin() as session:

@@ -5,12 +5,12 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from procrastinate import App as Queue
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit.service import append, append_all, job_stream
 from app.blobs import BlobStore
-from app.database import Sessions, clock
+from app.database import clock
 from app.dependencies import Caller
 from app.errors import GrantRefusedByPolicy, NoMatchingDataset, StateConflict
 from app.federation.lifecycle import ENDED_JOBS, OPEN_TASKS
@@ -18,7 +18,7 @@ from app.models import Dataset, Grant, Job, Organization, Participation, Princip
 from app.participations.queries import find_own
 from app.rounds.closing import settle
 from app.rounds.opening import begin_if_enough
-from app.rounds.queries import find_open_round, get_job
+from app.rounds.queries import find_open_round, get_job, get_round
 from app.wakeups import announce_change
 from isthmus.wire.data import DatasetSchema, misfits
 from isthmus.wire.datasets import DatasetState, UsePolicy, policy_objections
@@ -27,6 +27,9 @@ from isthmus.wire.jobs import ApproveParticipation, JobSpec, JobState, Participa
 from isthmus.wire.rounds import RoundPhase, TaskState
 
 NEEDED_KINDS = frozenset({"train"})
+RENEWABLE = (ParticipationState.EXPIRED, ParticipationState.EXHAUSTED)
+"""A steward who said yes may say so again. A no, and a grant taken back, are final for the job."""
+GRANT_S = 30 * 86400
 
 
 async def request_participations(session: AsyncSession, job: Job, owner: Principal, now: datetime) -> None:
@@ -126,6 +129,8 @@ def _granted(name: str, grant: Grant) -> dict[str, object]:
 async def approve(session: AsyncSession, caller: Caller, participation_id: UUID, asked: ApproveParticipation) -> None:
     """Grant a participation: for a purpose, until a time, for a number of rounds. Its weight is frozen now.
 
+    A grant that has expired or is used up is renewed: the rounds come on top of those that were used.
+
     Raises:
         NotFound: missing, or another organization's.
         StateConflict: it was decided before, or the job is over.
@@ -136,8 +141,8 @@ async def approve(session: AsyncSession, caller: Caller, participation_id: UUID,
     participation = await _lock(session, participation_id)
     if job.state in ENDED_JOBS:
         raise StateConflict(f"The job is {job.state}; there is nothing to approve any more.")
-    if participation.state is not ParticipationState.PENDING:
-        raise StateConflict(f"The participation is {participation.state}; only a pending one can be approved.")
+    if participation.state not in (ParticipationState.PENDING, *RENEWABLE):
+        raise StateConflict(f"The participation is {participation.state}; that is final for this job.")
     dataset, organization, owner = (
         await session.execute(
             select(Dataset, Organization.name, Principal.name)
@@ -153,16 +158,13 @@ async def approve(session: AsyncSession, caller: Caller, participation_id: UUID,
     if objections:
         raise GrantRefusedByPolicy(" ".join(objections))
     now = await clock(session)
-    grant = Grant(
-        participation_id=participation.id,
-        purpose=spec.purpose,
-        expires_at=now + timedelta(seconds=asked.expires_in_s or 30 * 86400),
-        rounds=asked.rounds or spec.rounds,
-        granted_by=caller.principal_id,
-        granted_at=now,
-        by_rule=False,
-    )
-    session.add(grant)
+    grant = await _find_grant(session, participation_id)
+    if grant is None:
+        grant = Grant(participation_id=participation.id, rounds_used=0, by_rule=False)
+        session.add(grant)
+    grant.purpose, grant.rounds = spec.purpose, grant.rounds_used + (asked.rounds or spec.rounds)
+    grant.expires_at = now + timedelta(seconds=asked.expires_in_s or GRANT_S)
+    grant.granted_by, grant.granted_at, grant.ended_at = caller.principal_id, now, None
     participation.state, participation.detail = ParticipationState.APPROVED, None
     participation.declared_rows = dataset.rows
     await session.flush()
@@ -295,7 +297,7 @@ async def _cancel_tasks(session: AsyncSession, participation_ids: Sequence[UUID]
 
 
 async def _end_grant(
-    session: AsyncSession, participation: Participation, state: ParticipationState, detail: str, now: datetime
+    session: AsyncSession, participation: Participation, state: ParticipationState, detail: str | None, now: datetime
 ) -> None:
     participation.state, participation.detail = state, detail
     await session.execute(
@@ -303,62 +305,77 @@ async def _end_grant(
     )
 
 
-async def expire_grants(sessions: Sessions, queue: Queue) -> None:
-    """End grants whose time has passed: their open tasks are cancelled; updates that came in time stay."""
-    async with sessions() as session:
-        due = (
-            await session.execute(
-                select(Participation.job_id, Participation.id)
-                .join(Grant, Grant.participation_id == Participation.id)
-                .where(Grant.ended_at.is_(None), Grant.expires_at <= await clock(session))
-                .order_by(Participation.job_id)
-            )
-        ).all()
-    for job_id, participation_id in due:
-        async with sessions.begin() as session:
-            job = await get_job(session, job_id, "update")
-            of = await find_open_round(session, job_id, "update")
-            participation = await _lock_with_tasks(session, participation_id)
-            if participation.state is not ParticipationState.APPROVED:
-                await _end_grant(
-                    session, participation, participation.state, participation.detail or "", job.created_at
-                )
-                continue
-            now = await clock(session)
-            name = await _name(session, participation)
-            await _end_grant(session, participation, ParticipationState.EXPIRED, "The grant's time has passed.", now)
-            await _cancel_tasks(session, [participation.id], "The grant has expired.")
-            await append(session, job_stream(job_id), EventKind.PARTICIPATION_EXPIRED, at=now, dataset=name)
-            if of is not None and job.state in (JobState.RUNNING, JobState.PAUSED):
-                await session.flush()
-                await settle(session, queue, job, of, now)
-            await announce_change(session, job_id)
+async def list_expired(session: AsyncSession) -> Sequence[tuple[UUID, UUID]]:
+    """(job, participation) of grants whose time has passed."""
+    found = await session.execute(
+        select(Participation.job_id, Participation.id)
+        .join(Grant, Grant.participation_id == Participation.id)
+        .where(Grant.ended_at.is_(None), Grant.expires_at <= func.clock_timestamp())
+        .order_by(Participation.job_id, Participation.id)
+    )
+    return [(job_id, participation_id) for job_id, participation_id in found]
 
 
-async def release_revoked_workers(sessions: Sessions, queue: Queue) -> None:
-    """Cancel what revoked workers hold: nobody else can serve their datasets, so the rounds go on without them."""
-    async with sessions() as session:
-        held = (
-            await session.execute(
-                select(Task.job_id, Task.round_id)
-                .join(Worker, Worker.id == Task.worker_id)
-                .where(Worker.revoked_at.is_not(None), Task.state.in_(OPEN_TASKS))
-                .distinct()
-            )
-        ).all()
-    for job_id, round_id in held:
-        async with sessions.begin() as session:
-            job = await get_job(session, job_id, "update")
-            of = await find_open_round(session, job_id, "update")
-            revoked = select(Worker.id).where(Worker.revoked_at.is_not(None))
-            await session.execute(
-                update(Task)
-                .where(Task.round_id == round_id, Task.state.in_(OPEN_TASKS), Task.worker_id.in_(revoked))
-                .values(state=TaskState.CANCELLED, detail="The worker was revoked.", lease_expires_at=None)
-            )
-            if of is not None and of.id == round_id and job.state in (JobState.RUNNING, JobState.PAUSED):
-                await settle(session, queue, job, of, await clock(session))
-            await announce_change(session, job_id)
+async def expire_grant(session: AsyncSession, queue: Queue, job_id: UUID, participation_id: UUID) -> None:
+    """End a grant whose time has passed: its open tasks are cancelled; updates that came in time stay."""
+    job = await get_job(session, job_id, "update")
+    of = await find_open_round(session, job_id, "update")
+    participation = await _lock_with_tasks(session, participation_id)
+    now = await clock(session)
+    if participation.state is not ParticipationState.APPROVED:
+        await _end_grant(session, participation, participation.state, participation.detail, now)
+        return
+    name = await _name(session, participation)
+    await _end_grant(session, participation, ParticipationState.EXPIRED, "The grant's time has passed.", now)
+    await _cancel_tasks(session, [participation.id], "The grant has expired.")
+    await append(session, job_stream(job_id), EventKind.PARTICIPATION_EXPIRED, at=now, dataset=name)
+    if of is not None and job.state in (JobState.RUNNING, JobState.PAUSED):
+        await session.flush()
+        await settle(session, queue, job, of, now)
+    await announce_change(session, job_id)
+
+
+def _stranded() -> ColumnElement[bool]:
+    """Of a task joined with its dataset and worker: nobody can, or may, bring its update any more."""
+    return (Worker.revoked_at.is_not(None)) | (Dataset.state != DatasetState.CONFIRMED)
+
+
+async def list_stranded(session: AsyncSession) -> Sequence[tuple[UUID, UUID]]:
+    """(job, round) with open tasks of revoked workers, or of datasets that are not confirmed any more."""
+    found = await session.execute(
+        select(Task.job_id, Task.round_id)
+        .join(Worker, Worker.id == Task.worker_id)
+        .join(Participation, Participation.id == Task.participation_id)
+        .join(Dataset, Dataset.id == Participation.dataset_id)
+        .where(Task.state.in_(OPEN_TASKS), _stranded())
+        .distinct()
+    )
+    return [(job_id, round_id) for job_id, round_id in found]
+
+
+async def release_stranded(session: AsyncSession, queue: Queue, job_id: UUID, round_id: UUID) -> None:
+    """Cancel tasks of revoked workers and of datasets that are not confirmed: the round goes on without them."""
+    job = await get_job(session, job_id, "update")
+    of = await get_round(session, round_id, "update")
+    stranded = (
+        select(Task.id)
+        .join(Worker, Worker.id == Task.worker_id)
+        .join(Participation, Participation.id == Task.participation_id)
+        .join(Dataset, Dataset.id == Participation.dataset_id)
+        .where(Task.round_id == round_id, Task.state.in_(OPEN_TASKS), _stranded())
+    )
+    await session.execute(
+        update(Task)
+        .where(Task.id.in_(stranded))
+        .values(
+            state=TaskState.CANCELLED,
+            detail="The worker was revoked, or the dataset is not confirmed any more.",
+            lease_expires_at=None,
+        )
+    )
+    if job.state in (JobState.RUNNING, JobState.PAUSED):
+        await settle(session, queue, job, of, await clock(session))
+    await announce_change(session, job_id)
 
 
 async def _lock(session: AsyncSession, participation_id: UUID) -> Participation:
@@ -380,6 +397,11 @@ async def _lock_with_tasks(session: AsyncSession, participation_id: UUID) -> Par
         .with_for_update()
     )
     return await _lock(session, participation_id)
+
+
+async def _find_grant(session: AsyncSession, participation_id: UUID) -> Grant | None:
+    found = await session.scalars(select(Grant).where(Grant.participation_id == participation_id))
+    return found.one_or_none()
 
 
 async def _name(session: AsyncSession, participation: Participation) -> str:

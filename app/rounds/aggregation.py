@@ -25,9 +25,8 @@ from app.rounds.closing import fail
 from app.rounds.opening import proceed
 from app.rounds.queries import Contribution, get_job, get_round, list_contributions
 from isthmus.codec.blocks import TensorFile, TensorFileWriter
-from isthmus.codec.errors import CodecError
 from isthmus.codec.header import header_limit
-from isthmus.federation.aggregation import NonFiniteAggregate, aggregate
+from isthmus.federation.aggregation import aggregate
 from isthmus.federation.statistics import Moments, merge_all, variance
 from isthmus.federation.strategies import Strategy, state_manifest, strategy_of
 from isthmus.wire.data import FeatureStatistics
@@ -58,9 +57,11 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """The next model and the strategy's next state, durable."""
+    """What was measured, and the next model and the strategy's next state, durable."""
 
-    checkpoint: StoredBlob
+    metrics: dict[str, float]
+    statistics: FeatureStatistics | None
+    checkpoint: StoredBlob | None
     state: StoredBlob | None
 
 
@@ -76,7 +77,7 @@ async def aggregate_round(parts: Parts, round_id: UUID) -> None:
     update that cannot be read, fails the round and its job with the reason.
     """
     settings = parts.settings
-    url = settings.database_direct_url or settings.resolved_database_url()
+    url = settings.direct_url()
     async with advisory_lock(url, lock_key(round_id)) as held:
         if not held:
             return
@@ -86,8 +87,8 @@ async def aggregate_round(parts: Parts, round_id: UUID) -> None:
             return
         began = time.perf_counter()
         try:
-            result = await _compute(parts.blobs, plan) if plan.kind is TaskKind.TRAIN else None
-        except (NonFiniteAggregate, CodecError, NotFound) as error:
+            result = await _compute(parts.blobs, plan)
+        except (ArithmeticError, ValueError, NotFound) as error:  # NonFiniteAggregate and CodecError are of these
             log.error("a round cannot be aggregated", round_id=str(round_id), error=str(error))
             parts.meters.aggregations.labels("rejected").inc()
             await _reject(parts, plan, str(error))
@@ -122,6 +123,15 @@ async def _plan(session: AsyncSession, round_id: UUID) -> _Plan | None:
 
 
 async def _compute(blobs: BlobStore, plan: _Plan) -> _Result:
+    """Everything that can go wrong with the sites' numbers goes wrong here, before anything is changed."""
+    metrics = pool_metrics([item.update.released for item in plan.contributions])
+    if plan.kind is TaskKind.TRAIN:
+        return _Result(metrics, None, *await _next_model(blobs, plan))
+    statistics = merge_statistics(plan.spec, plan.contributions) if plan.kind is TaskKind.STATISTICS else None
+    return _Result(metrics, statistics, None, None)
+
+
+async def _next_model(blobs: BlobStore, plan: _Plan) -> tuple[StoredBlob, StoredBlob | None]:
     model = await blobs.open_path(checkpoint_key(plan.model_digest))
     state = None if plan.state_digest is None else await blobs.open_path(checkpoint_key(plan.state_digest))
     updates = [await blobs.open_path(item.update.blob_key) for item in plan.contributions]
@@ -141,7 +151,7 @@ async def _compute(blobs: BlobStore, plan: _Plan) -> _Result:
         kept = None
         if state_digest is not None:
             kept = await blobs.adopt(checkpoint_key(state_digest), drafts[1], state_digest)
-        return _Result(checkpoint, kept)
+        return checkpoint, kept
     finally:
         for draft in drafts:
             draft.unlink(missing_ok=True)
@@ -189,7 +199,7 @@ async def _reject(parts: Parts, plan: _Plan, why: str) -> None:
         await fail(session, job, of, RoundEvent.AGGREGATE_REJECTED, JobReason.AGGREGATE_REJECTED, detail, now)
 
 
-async def _complete(session: AsyncSession, plan: _Plan, result: _Result | None) -> None:
+async def _complete(session: AsyncSession, plan: _Plan, result: _Result) -> None:
     """Publish the result, and open what comes next, in one transaction. A job cancelled meanwhile stays cancelled."""
     job = await get_job(session, plan.job_id, "update")
     of = await get_round(session, plan.round_id, "update")
@@ -198,9 +208,9 @@ async def _complete(session: AsyncSession, plan: _Plan, result: _Result | None) 
     now = await clock(session)
     of.phase = advance_round(of.phase, RoundEvent.AGGREGATE_STORED)
     of.completed_at = now
-    of.metrics = pool_metrics([item.update.released for item in plan.contributions])
+    of.metrics = result.metrics
     of.result_digest = plan.model_digest
-    if result is not None:
+    if result.checkpoint is not None:
         job.model_digest = of.result_digest = result.checkpoint.digest
         job.rounds_completed = of.number
         session.add(
@@ -213,8 +223,8 @@ async def _complete(session: AsyncSession, plan: _Plan, result: _Result | None) 
                 created_at=now,
             )
         )
-    if plan.kind is TaskKind.STATISTICS:
-        job.statistics = merge_statistics(plan.spec, plan.contributions).model_dump(mode="json")
+    if result.statistics is not None:
+        job.statistics = result.statistics.model_dump(mode="json")
     await session.flush()
     await append(
         session,
@@ -226,7 +236,7 @@ async def _complete(session: AsyncSession, plan: _Plan, result: _Result | None) 
         updates=len(plan.contributions),
         model_digest=of.model_digest,
         result_digest=of.result_digest,
-        state_digest=None if result is None or result.state is None else result.state.digest,
+        state_digest=None if result.state is None else result.state.digest,
         metrics=of.metrics,
         seconds=round((now - of.opened_at).total_seconds(), 6),
     )

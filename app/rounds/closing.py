@@ -19,7 +19,7 @@ from app.federation.lifecycle import (
 )
 from app.models import Job, Round, Task
 from app.queue import AGGREGATE_ROUND, defer
-from app.rounds.opening import pause_for_want
+from app.rounds.opening import pause_for_want, refill
 from app.rounds.queries import list_contributions, round_state
 from app.wakeups import announce_change
 from isthmus.wire.events import EventKind
@@ -29,11 +29,13 @@ from isthmus.wire.rounds import TaskState
 
 async def settle(session: AsyncSession, queue: Queue, job: Job, of: Round, now: datetime) -> RoundEvent | None:
     """Do what is due for a round, if anything is. Needs the locks of the job and the round; says what was done."""
-    event = due_event(await round_state(session, job, of), now)
+    event = due_event(await round_state(session, job, of, now), now)
     if event in (RoundEvent.TARGET_REACHED, RoundEvent.DEADLINE_WITH_ENOUGH):
         await _freeze(session, queue, job, of, event, now)
     elif event is RoundEvent.OFFER_MISSING_AGAIN:
         await _offer_again(session, job, of, now)
+    elif event is RoundEvent.REFILLED:
+        await refill(session, job, of, now)
     elif event is RoundEvent.GRANTS_LACKING:
         of.phase = advance_round(of.phase, event)
         await pause_for_want(session, job, of.min_updates, now)

@@ -1,6 +1,8 @@
 """The life of a task before its upload: claim, heartbeat, refuse, fail; and leases that lapse."""
 
-from datetime import datetime, timedelta
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from procrastinate import App as Queue
@@ -8,7 +10,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
-from app.audit.service import append, job_stream
+from app.audit.service import append, append_all, job_stream
 from app.database import clock
 from app.errors import LeaseLost, TaskNotClaimed, TaskNotOpen
 from app.models import Checkpoint, Dataset, Grant, Job, Organization, Participation, Principal, Round, Task, Worker
@@ -17,6 +19,7 @@ from app.rounds.queries import get_job, get_round, get_task
 from app.settings import Settings
 from app.wakeups import announce_change
 from isthmus.wire.data import FeatureStatistics
+from isthmus.wire.datasets import DatasetState
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobSpec, JobState, ParticipationState
 from isthmus.wire.manifest import Manifest
@@ -46,8 +49,12 @@ async def claim_task(
         .join(Job, Job.id == offered.job_id)
         .join(Round, Round.id == offered.round_id)
         .join(Participation, Participation.id == offered.participation_id)
+        .join(Dataset, Dataset.id == Participation.dataset_id)
+        .join(Worker, Worker.id == offered.worker_id)
         .where(
             offered.worker_id == worker_id,
+            Worker.revoked_at.is_(None),
+            Dataset.state == DatasetState.CONFIRMED,
             offered.state == TaskState.OFFERED,
             Job.state == JobState.RUNNING,
             Round.phase == RoundPhase.COLLECTING,
@@ -58,7 +65,7 @@ async def claim_task(
         .with_for_update(of=offered, skip_locked=True)
     )
     if datasets is not None:
-        candidate = candidate.join(Dataset, Dataset.id == Participation.dataset_id).where(Dataset.name.in_(datasets))
+        candidate = candidate.where(Dataset.name.in_(datasets))
     claimed = await session.execute(
         update(Task)
         .where(Task.id == candidate.scalar_subquery())
@@ -183,7 +190,7 @@ async def end_task(
         TaskNotOpen, TaskNotClaimed: there is nothing to give up.
     """
     seen = await get_task(session, task_id, worker_id)
-    job = await get_job(session, seen.job_id, "share")
+    job = await get_job(session, seen.job_id, "update")
     of = await get_round(session, seen.round_id, "update")
     task = await get_task(session, task_id, worker_id, "update")
     if task.fence != fence:
@@ -197,25 +204,37 @@ async def end_task(
     task.state, task.detail, task.lease_expires_at = state, reason, None
     await session.flush()
     now = await clock(session)
-    if job.state in (JobState.RUNNING, JobState.PAUSED):
-        await settle(session, queue, job, of, now)
     kind = EventKind.TASK_REFUSED if state is TaskState.REFUSED else EventKind.TASK_FAILED
     await append(session, job_stream(job.id), kind, at=now, actor=actor, round=of.number, reason=reason)
+    if job.state in (JobState.RUNNING, JobState.PAUSED):
+        await settle(session, queue, job, of, now)
     await announce_change(session, job.id)
 
 
-async def lapse_leases(session: AsyncSession, now: datetime, limit: int = 500) -> int:
-    """Take leases away that have passed: each task is offered again under the next fence. How many there were."""
-    lapsed = (
-        select(Task.id)
-        .where(Task.state.in_((TaskState.CLAIMED, TaskState.UPLOADING)), Task.lease_expires_at <= now)
-        .order_by(Task.id)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
+async def list_lapsed(session: AsyncSession) -> Sequence[tuple[UUID, UUID]]:
+    """(job, round) of which some lease has passed."""
+    found = await session.execute(
+        select(Task.job_id, Task.round_id)
+        .where(
+            Task.state.in_((TaskState.CLAIMED, TaskState.UPLOADING)), Task.lease_expires_at <= func.clock_timestamp()
+        )
+        .distinct()
     )
+    return [(job_id, round_id) for job_id, round_id in found]
+
+
+async def lapse_leases(session: AsyncSession, job_id: UUID, round_id: UUID) -> int:
+    """Take leases away that have passed: each task is offered again under the next fence. How many there were."""
+    await get_job(session, job_id, "update")
+    await get_round(session, round_id, "update")
+    now = await clock(session)
     taken = await session.execute(
         update(Task)
-        .where(Task.id.in_(lapsed))
+        .where(
+            Task.round_id == round_id,
+            Task.state.in_((TaskState.CLAIMED, TaskState.UPLOADING)),
+            Task.lease_expires_at <= now,
+        )
         .values(
             state=TaskState.OFFERED,
             fence=Task.fence + 1,
@@ -224,11 +243,12 @@ async def lapse_leases(session: AsyncSession, now: datetime, limit: int = 500) -
             lease_expires_at=None,
             detail="The worker's lease ran out; offered again.",
         )
-        .returning(Task.job_id, Task.id, Task.fence)
+        .returning(Task.id, Task.fence)
     )
-    rows = sorted(taken.all())
-    for job_id, task_id, fence in rows:
-        await append(session, job_stream(job_id), EventKind.LEASE_LOST, at=now, task_id=str(task_id), fence=fence)
-    for job_id in sorted({row[0] for row in rows}):
+    lost: list[tuple[EventKind, dict[str, Any]]] = [
+        (EventKind.LEASE_LOST, {"task_id": str(task_id), "fence": fence}) for task_id, fence in sorted(taken.all())
+    ]
+    if lost:
+        await append_all(session, job_stream(job_id), lost, at=now)
         await announce_change(session, job_id)
-    return len(rows)
+    return len(lost)

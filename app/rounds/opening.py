@@ -4,18 +4,18 @@ import hashlib
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit.service import append, append_all, job_stream
 from app.federation.lifecycle import JobEvent, RoundEvent, advance_job, advance_round
 from app.models import Grant, Job, Participation, Round, Task
-from app.rounds.queries import Candidate, list_candidates
+from app.rounds.queries import Candidate, list_candidates, list_unasked
 from app.wakeups import announce_change
 from isthmus.federation.cohort import Cohort, TooFewParticipations, draw_cohort
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobReason, JobSpec, JobState, ParticipationState
-from isthmus.wire.rounds import TaskKind, kind_of_round
+from isthmus.wire.rounds import TaskKind, TaskState, kind_of_round
 
 
 def number_after(spec: JobSpec, last: int | None) -> int | None:
@@ -32,17 +32,41 @@ def number_after(spec: JobSpec, last: int | None) -> int | None:
 
 
 async def begin_if_enough(session: AsyncSession, job: Job, now: datetime) -> None:
-    """Start a job that waits for approval once `min_updates` participations are approved. Needs the job's lock."""
+    """Start a job that waits for approval once `min_updates` participations are approved. Needs the job's lock.
+
+    A job that can no longer get so many fails, and says why.
+    """
     if job.state is not JobState.AWAITING_APPROVAL:
         return
     spec = JobSpec.model_validate(job.spec)
     candidates = await list_candidates(session, job.id, now)
     if len(candidates) < spec.cohort.min_updates:
+        await _fail_if_hopeless(session, job, spec.cohort.min_updates, now)
         return
     job.state = advance_job(job.state, JobEvent.ENOUGH_APPROVED)
     job.reason, job.detail = None, None
     await append(session, job_stream(job.id), EventKind.JOB_RUNNING, at=now, approved=len(candidates))
     await proceed(session, job, None, now)
+
+
+async def _fail_if_hopeless(session: AsyncSession, job: Job, needed: int, now: datetime) -> None:
+    """A job of which too many stewards said no will never run: say so, instead of waiting for ever."""
+    states = await session.execute(
+        select(Participation.state, func.count())
+        .where(Participation.job_id == job.id)
+        .group_by(Participation.state)
+        .order_by(Participation.state)
+    )
+    counts = {row[0]: row[1] for row in states}
+    over = (ParticipationState.REJECTED, ParticipationState.WITHDRAWN)
+    if sum(count for state, count in counts.items() if state not in over) >= needed:
+        return
+    job.state = advance_job(job.state, JobEvent.FAILED)
+    job.reason, job.ended_at = JobReason.TOO_FEW_PARTICIPATIONS, now
+    listed = ", ".join(f"{count} {state.value}" for state, count in counts.items())
+    job.detail = f"The job needs {needed} participations; of those that were asked, {listed}."
+    await append(session, job_stream(job.id), EventKind.JOB_FAILED, at=now, reason=job.reason.value, detail=job.detail)
+    await announce_change(session, job.id)
 
 
 async def proceed(session: AsyncSession, job: Job, last: int | None, now: datetime) -> None:
@@ -176,14 +200,20 @@ def _task(job_id: UUID, opened: Round, candidate: Candidate, now: datetime) -> T
 
 
 async def refill(session: AsyncSession, job: Job, of: Round, now: datetime) -> None:
-    """On resuming: a round that lost its participations asks those that it did not ask. Needs the locks of both."""
-    asked = set(await session.scalars(select(Task.participation_id).where(Task.round_id == of.id)))
-    others = [item for item in await list_candidates(session, job.id, now) if item.participation_id not in asked]
-    if not others:
-        return
+    """A round that lost too many of those that it asked asks all the others. Needs the locks of job and round."""
     of.phase = advance_round(of.phase, RoundEvent.REFILLED)
-    of.cohort_size += len(others)
-    session.add_all(_task(job.id, of, item, now) for item in others)
+    others = await list_unasked(session, of, await list_candidates(session, job.id, now))
+    by_participation = {item.participation_id: item for item in others}
+    offered = await session.scalars(
+        update(Task)
+        .where(Task.round_id == of.id, Task.participation_id.in_(by_participation))
+        .values(state=TaskState.OFFERED, fence=Task.fence + 1, offered_at=now, claimed_at=None, detail=None)
+        .returning(Task.participation_id)
+    )
+    for participation_id in offered.all():
+        del by_participation[participation_id]
+    of.cohort_size += len(by_participation)
+    session.add_all(_task(job.id, of, item, now) for item in by_participation.values())
     await append(
         session,
         job_stream(job.id),
@@ -194,7 +224,7 @@ async def refill(session: AsyncSession, job: Job, of: Round, now: datetime) -> N
         kept=of.accepted,
         added=sorted(f"{item.organization}/{item.dataset}" for item in others),
     )
-    await session.flush()
+    await announce_change(session, job.id)
 
 
 async def pause_for_want(session: AsyncSession, job: Job, needed: int, now: datetime) -> None:

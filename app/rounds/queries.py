@@ -1,12 +1,12 @@
 """Reading rounds and what hangs on them; and the locks, in the order of the house."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, exists, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.errors import NotFound
@@ -14,7 +14,7 @@ from app.federation.lifecycle import OFFERED_AGAIN, OPEN_TASKS, RoundState
 from app.models import Checkpoint, Dataset, Grant, Job, Organization, Participation, Round, Task, Update, Worker
 from isthmus.wire.datasets import DatasetState
 from isthmus.wire.jobs import JobState, ParticipationState
-from isthmus.wire.rounds import RoundPhase, TaskState, TaskView
+from isthmus.wire.rounds import RoundPhase, TaskKind, TaskState, TaskView
 
 Lock = Literal["share", "update"] | None
 
@@ -76,49 +76,6 @@ async def find_update(session: AsyncSession, task_id: UUID) -> Update | None:
     return (await session.scalars(select(Update).where(Update.task_id == task_id))).one_or_none()
 
 
-async def round_state(session: AsyncSession, job: Job, of: Round) -> RoundState:
-    """All that decides what is due for the round, read under its lock."""
-    able = (
-        select(func.count())
-        .select_from(Participation)
-        .join(Grant, Grant.participation_id == Participation.id)
-        .where(
-            Participation.job_id == job.id,
-            Participation.state == ParticipationState.APPROVED,
-            Grant.ended_at.is_(None),
-        )
-    )
-    open_tasks, offered_again, uploading_until, approved = (
-        await session.execute(
-            select(
-                func.count().filter(Task.state.in_(OPEN_TASKS)),
-                func.count().filter(Task.state.in_(OFFERED_AGAIN)),
-                func.max(Task.lease_expires_at).filter(Task.state == TaskState.UPLOADING),
-                able.scalar_subquery(),
-            ).where(Task.round_id == of.id)
-        )
-    ).one()
-    return RoundState(
-        phase=of.phase,
-        paused=job.state is JobState.PAUSED,
-        accepted=of.accepted,
-        target_updates=of.target_updates,
-        min_updates=of.min_updates,
-        attempt=of.attempt,
-        attempts=of.attempts,
-        open_tasks=open_tasks,
-        offered_again=offered_again,
-        able=approved,
-        closes_at=of.closes_at,
-        uploading_until=None if uploading_until is None else min(uploading_until, graced(of)),
-    )
-
-
-def graced(of: Round) -> datetime:
-    """The latest moment until which an upload in progress holds the round open."""
-    return datetime.fromtimestamp(of.closes_at.timestamp() + of.grace_s, of.closes_at.tzinfo)
-
-
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A participation that may be asked now."""
@@ -148,6 +105,55 @@ async def list_candidates(session: AsyncSession, job_id: UUID, now: datetime) ->
         )
     )
     return [Candidate(*row) for row in found]
+
+
+async def round_state(session: AsyncSession, job: Job, of: Round, now: datetime) -> RoundState:
+    """All that decides what is due for the round, read under its lock."""
+    open_tasks, offered_again, uploading_until = (
+        await session.execute(
+            select(
+                func.count().filter(Task.state.in_(OPEN_TASKS)),
+                func.count().filter(Task.state.in_(OFFERED_AGAIN)),
+                func.max(Task.lease_expires_at).filter(Task.state == TaskState.UPLOADING),
+            ).where(Task.round_id == of.id)
+        )
+    ).one()
+    state = RoundState(
+        phase=of.phase,
+        paused=job.state is JobState.PAUSED,
+        accepted=of.accepted,
+        target_updates=of.target_updates,
+        min_updates=of.min_updates,
+        attempt=of.attempt,
+        attempts=of.attempts,
+        open_tasks=open_tasks,
+        offered_again=offered_again,
+        able=0,
+        unasked=0,
+        closes_at=of.closes_at,
+        uploading_until=None if uploading_until is None else min(uploading_until, graced(of)),
+    )
+    if state.can_be_filled:
+        return state
+    able = await list_candidates(session, job.id, now)
+    return replace(state, able=len(able), unasked=len(await list_unasked(session, of, able)))
+
+
+async def list_unasked(session: AsyncSession, of: Round, able: Sequence[Candidate]) -> list[Candidate]:
+    """Those of `able` that the round does not ask, and whose grant has a round left for it.
+
+    One whose task was called off (its grant had expired, its worker was revoked) before it brought anything is asked
+    again, now that it is able again.
+    """
+    called_off = (Task.state == TaskState.CANCELLED) & ~exists(select(Update.id).where(Update.task_id == Task.id))
+    asked = set(await session.scalars(select(Task.participation_id).where(Task.round_id == of.id, ~called_off)))
+    trains = of.kind is TaskKind.TRAIN
+    return [item for item in able if item.participation_id not in asked and (item.rounds_left > 0 or not trains)]
+
+
+def graced(of: Round) -> datetime:
+    """The latest moment until which an upload in progress holds the round open."""
+    return datetime.fromtimestamp(of.closes_at.timestamp() + of.grace_s, of.closes_at.tzinfo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +204,11 @@ async def get_checkpoint(session: AsyncSession, job_id: UUID, digest: str) -> Ch
     return checkpoint
 
 
+async def list_waiting_jobs(session: AsyncSession) -> Sequence[UUID]:
+    """Jobs that wait for approval: a dataset confirmed anew, or a grant that ended, may have decided them."""
+    return (await session.scalars(select(Job.id).where(Job.state == JobState.AWAITING_APPROVAL))).all()
+
+
 async def list_due_rounds(session: AsyncSession, now: datetime) -> Sequence[tuple[UUID, UUID]]:
     """(job, round) of collecting rounds of which something may be due: the decision is made again under their locks."""
     open_tasks = select(Task.id).where(Task.round_id == Round.id, Task.state.in_(OPEN_TASKS)).correlate(Round).exists()
@@ -213,27 +224,33 @@ async def list_due_rounds(session: AsyncSession, now: datetime) -> Sequence[tupl
     return [(job_id, round_id) for job_id, round_id in found]
 
 
-async def list_tasks(session: AsyncSession, round_ids: Sequence[UUID]) -> dict[UUID, list[TaskView]]:
-    """The tasks of rounds as people see them, by round, in canonical order."""
-    found = await session.execute(
+async def list_tasks(
+    session: AsyncSession, round_ids: Sequence[UUID], organization_id: UUID | None = None
+) -> dict[UUID, list[TaskView]]:
+    """The tasks of rounds as people see them, by round, in canonical order; only one organization's if given."""
+    statement = _task_rows().where(Task.round_id.in_(round_ids))
+    if organization_id is not None:
+        statement = statement.where(Dataset.organization_id == organization_id)
+    views: dict[UUID, list[TaskView]] = {round_id: [] for round_id in round_ids}
+    for row in await session.execute(statement):
+        views[row[0].round_id].append(_task_view(*row))
+    for listed in views.values():
+        listed.sort(key=lambda view: (view.organization, view.dataset))
+    return views
+
+
+def _task_rows() -> Select[*tuple[Any, ...]]:
+    return (
         select(Task, Round.number, Organization.name, Dataset.name, Worker.name)
         .join(Round, Round.id == Task.round_id)
         .join(Participation, Participation.id == Task.participation_id)
         .join(Dataset, Dataset.id == Participation.dataset_id)
         .join(Organization, Organization.id == Dataset.organization_id)
         .join(Worker, Worker.id == Task.worker_id)
-        .where(Task.round_id.in_(round_ids))
     )
-    views: dict[UUID, list[TaskView]] = {round_id: [] for round_id in round_ids}
-    for task, number, organization, dataset, worker in found:
-        views[task.round_id].append(task_view(task, number, organization, dataset, worker))
-    for listed in views.values():
-        listed.sort(key=lambda view: (view.organization, view.dataset))
-    return views
 
 
-def task_view(task: Task, number: int, organization: str, dataset: str, worker: str | None) -> TaskView:
-    """A task with the names of what it hangs on."""
+def _task_view(task: Task, number: int, organization: str, dataset: str, worker: str) -> TaskView:
     return TaskView(
         id=task.id,
         kind=task.kind,
@@ -250,12 +267,16 @@ def task_view(task: Task, number: int, organization: str, dataset: str, worker: 
     )
 
 
-async def get_task_view(session: AsyncSession, task_id: UUID, worker_id: UUID | None) -> TaskView:
+async def get_task_view(session: AsyncSession, task_id: UUID, worker_id: UUID) -> TaskView:
     """A worker's own task.
 
     Raises:
         NotFound: it is another's, or there is none.
     """
-    task = await get_task(session, task_id, worker_id)
-    views = await list_tasks(session, [task.round_id])
-    return next(view for view in views[task.round_id] if view.id == task_id)
+    found = await session.execute(
+        _task_rows().where(Task.id == task_id, Task.worker_id == worker_id).execution_options(populate_existing=True)
+    )
+    row = found.one_or_none()
+    if row is None:
+        raise NotFound("task", task_id)
+    return _task_view(*row)

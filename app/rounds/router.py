@@ -9,13 +9,12 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from app.blobs import update_key
-from app.dependencies import Agent, BriefCaller, Caller, Parts, PartsOf, Transaction, check_scope
+from app.dependencies import Agent, BriefAgent, Caller, Parts, PartsOf, Transaction
 from app.errors import Forbidden, InvalidRequest, LengthRequired, NormTooLarge, UnsupportedMediaType
 from app.problems import refuses
 from app.rounds import offers, queries, uploads
 from isthmus.codec.errors import CodecError
 from isthmus.wire.base import parse_repr_digest
-from isthmus.wire.organizations import Scope
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import (
     ClaimTask,
@@ -74,21 +73,23 @@ async def _upload_headers(
 async def claim(
     body: ClaimTask,
     parts: PartsOf,
-    caller: BriefCaller,
+    caller: BriefAgent,
     request: Request,
     wait: Annotated[float, Query(ge=0, le=300, description="Seconds to wait for work before answering 204.")] = 0,
 ) -> TaskOffer | Response:
     """Get the oldest task on offer, under a lease; waits for one to come, without holding a database connection."""
-    worker_id = worker_of(check_scope(caller, Scope.TASKS))
+    worker_id = worker_of(caller)
     ends = time.monotonic() + min(wait, parts.settings.longest_wait.total_seconds())
     async with parts.wakeups.worker(worker_id) as woken:  # registered before the first look: no offer is missed
         while True:
             woken.clear()
+            if await request.is_disconnected():  # an agent that is gone must not take a task along
+                return Response(status_code=204)
             offer = await _try_claim(parts, worker_id, body)
             if offer is not None:
                 return offer
             left = ends - time.monotonic()
-            if left <= 0 or parts.wakeups.closing or await request.is_disconnected():
+            if left <= 0 or parts.wakeups.closing:
                 return Response(status_code=204, headers={"Retry-After": "1"})
             try:
                 await asyncio.wait_for(woken.wait(), left)
@@ -148,11 +149,11 @@ async def submit_update(
     headers: Annotated[uploads.UploadHeaders, Depends(_upload_headers)],
     request: Request,
     parts: PartsOf,
-    caller: BriefCaller,
+    caller: BriefAgent,
 ) -> UpdateReceipt:
     """Hand in a clipped, noised update. It is admitted, and its release recorded, from the headers; send
     `Expect: 100-continue` and the body after the 100. Repeating the call with the same bytes is safe."""
-    worker_id = worker_of(check_scope(caller, Scope.TASKS))
+    worker_id = worker_of(caller)
     async with parts.sessions.begin() as session:
         admission = await uploads.admit_update(
             session, parts.settings, task_id=task_id, worker_id=worker_id, headers=headers

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import numpy as np
+from numpy.typing import NDArray
 from procrastinate import App as Queue
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -54,6 +55,9 @@ from isthmus.wire.strategies import Weighting
 
 NORM_TOLERANCE = 1e-5
 """Relative room for the rounding of a clipped update to float32."""
+LARGEST_COUNT: Final = 1e15
+LARGEST_RESULT: Final = 1e120
+"""Far beyond any mean or sum of squares of real data, and far enough below float64's limit that sums stay finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +108,32 @@ class UpdateInspector:
                     f"The update has L2 norm {self.scanner.l2_norm:.6g}; with clip_norm {asked.clip_norm:g} and "
                     f"noise_multiplier {asked.noise_multiplier:g} it is at most {bound:.6g}."
                 )
-        if asked.kind is TaskKind.STATISTICS:
-            _check_statistics(self.scanner.captured)
+        _check_released(self.scanner.captured)
 
     def released(self) -> dict[str, Any]:
         """Metrics and statistics by name: numbers, or lists of them."""
         return {name: array.tolist() for name, array in sorted(self.scanner.captured.items())}
 
 
-def _check_statistics(captured: Mapping[str, Any]) -> None:
-    count, squares = captured[f"{STATISTICS_PREFIX}count"], captured[f"{STATISTICS_PREFIX}m2"]
-    rows = float(captured[f"{STATISTICS_PREFIX}rows"])
-    whole = bool(np.all(count == np.floor(count))) and rows == np.floor(rows)
-    if not whole or bool(np.any((count < 0) | (count > rows))) or bool(np.any(squares < 0)):
-        raise InvalidRequest("Statistics with a negative count or variance, or with more values than rows.")
+def _check_released(captured: Mapping[str, NDArray[np.float64]]) -> None:
+    """Refuse results that no rows have, or that are too large to be pooled with others'.
+
+    Raises:
+        InvalidRequest: names the tensor.
+    """
+    for name, values in captured.items():
+        counts = name.rpartition("/")[2] in ("examples", "rows", "count")
+        largest = LARGEST_COUNT if counts else LARGEST_RESULT
+        if bool(np.any(np.abs(values) > largest)):
+            raise InvalidRequest(f"{name} holds a number beyond {largest:g}.")
+        if counts and bool(np.any((values < 0) | (values != np.floor(values)))):
+            raise InvalidRequest(f"{name} is a number of records: it is whole and not negative.")
+    if f"{STATISTICS_PREFIX}rows" in captured:
+        count, squares = captured[f"{STATISTICS_PREFIX}count"], captured[f"{STATISTICS_PREFIX}m2"]
+        if bool(np.any(count > captured[f"{STATISTICS_PREFIX}rows"])):
+            raise InvalidRequest(f"{STATISTICS_PREFIX}count says more values than there are rows.")
+        if bool(np.any(squares < 0)):
+            raise InvalidRequest(f"{STATISTICS_PREFIX}m2 is a sum of squares: it is not negative.")
 
 
 def receipt_of(accepted: Update) -> UpdateReceipt:
@@ -153,6 +169,11 @@ async def admit_update(
     job = await get_job(session, seen.job_id, "share")
     of = await get_round(session, seen.round_id, "share")
     task = await get_task(session, task_id, worker_id, "update")
+    if task.state is TaskState.SUBMITTED:  # accepted while this call waited for the locks
+        accepted = await find_update(session, task_id)
+        if accepted is not None and accepted.digest == headers.digest:
+            return receipt_of(accepted)
+        raise UpdateConflict
     participation, grant, confirmed = await _participation(session, task.participation_id)
     if not confirmed:
         raise GrantWithdrawn("suspended, because its dataset is not confirmed")
@@ -270,7 +291,7 @@ async def accept_update(
     update, it is frozen in the same transaction.
     """
     seen = await get_task(session, task_id, worker_id)
-    job = await get_job(session, seen.job_id, "share")
+    job = await get_job(session, seen.job_id, "update")
     of = await get_round(session, seen.round_id, "update")
     task = await get_task(session, task_id, worker_id, "update")
     accepted = await find_update(session, task_id)
@@ -322,7 +343,8 @@ async def accept_update(
         accepted=of.accepted,
         target_updates=of.target_updates,
     )
-    if await settle(session, queue, job, of, now) is None:
+    # Below its minimum an accepted update makes nothing due at once; the sweep sees a round that nobody can fill.
+    if of.accepted < of.min_updates or await settle(session, queue, job, of, now) is None:
         await announce_change(session, job.id)
     return accepted, True
 
@@ -337,7 +359,7 @@ async def reject_content(
 ) -> None:
     """A body that can never be taken: the round need not wait for it. What was spent stays spent."""
     seen = await get_task(session, task_id, worker_id)
-    job = await get_job(session, seen.job_id, "share")
+    job = await get_job(session, seen.job_id, "update")
     of = await get_round(session, seen.round_id, "update")
     task = await get_task(session, task_id, worker_id, "update")
     if task.fence != fence or task.state is not TaskState.UPLOADING:

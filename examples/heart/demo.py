@@ -75,7 +75,9 @@ def play(federation: Federation, teller: Teller, *, keep: bool) -> None:
 
     results, by_round = compare(federation, job)
     teller.gap()
+    teller.heading("On held-out patients, whom nobody has trained on")
     teller.console.print(results_table(results))
+    teller.gap()
     teller.conclude(conclusions(results))
     curve = federation.folder / "curve.png"
     draw(by_round, results, curve)
@@ -85,7 +87,7 @@ def play(federation: Federation, teller: Teller, *, keep: bool) -> None:
     teller.say("model", f"{shown(model / 'model.safetensors')}, and model.json, which tells what it is")
     teller.say("curve", shown(curve))
     if not keep:
-        teller.say("docs page", f"{federation.url}/docs, closed with the service; make demo KEEP=1 leaves it open")
+        teller.say("docs page", f"{federation.url}/docs, gone with the service; KEEP=1 leaves it open")
 
 
 def load_what_comes_later() -> None:
@@ -97,7 +99,7 @@ def who_takes_part(datasets: Sequence[DatasetView]) -> list[str]:
     """The hospitals, with the patients that their workers announced."""
     rows = {view.organization: view.rows for view in datasets}
     named = ", ".join(f"{hospital.short} {rows[hospital.name]}" for hospital in HOSPITALS)
-    return [f"patients: {named}", "one worker each: a process of its own, with a folder that holds only its own rows"]
+    return [f"patients: {named}", "each a worker, a process of its own in a folder with its own rows only"]
 
 
 def what_is_allowed(spec: JobSpec) -> list[str]:

@@ -25,7 +25,7 @@ class Teller:
     def say(self, left: str, *right: str, seconds: float | None = None) -> None:
         """Sentences to the right of a word, and how long it took."""
         room = self.console.width - LEFT - RIGHT
-        lines = [line for sentence in right for line in wrap(sentence, room)]
+        lines = [line for sentence in right for line in wrap(sentence, room, break_on_hyphens=False)]
         for number, text in enumerate(lines):
             line = Text(f"  {left if number == 0 else '':<{LEFT - 2}}", style="cyan").append(text, style="default")
             if number == 0 and seconds is not None:
@@ -38,10 +38,15 @@ class Teller:
             start = Text(f"  {left if number == 0 else '':<{LEFT - 2}}", style="cyan")
             self.console.print(start.append(text, style="default"), soft_wrap=True)
 
+    def heading(self, text: str) -> None:
+        """What stands below."""
+        self.console.print(Text(f"  {text}", style="bold"))
+        self.gap()
+
     def conclude(self, sentences: Sequence[str]) -> None:
         """Paragraphs."""
         for sentence in sentences:
-            for line in wrap(sentence, self.console.width - 4):
+            for line in wrap(sentence, self.console.width - 4, break_on_hyphens=False):
                 self.console.print(Text(f"  {line}"))
             self.gap()
 

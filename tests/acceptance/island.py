@@ -225,7 +225,7 @@ class Island:
                 now = self.job(job)
             except Unreachable:
                 assert self.service.runs, self.service.log.read_text()[-3000:]
-                raise
+                return None  # it was started a moment ago
             return now if now.state in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED) else None
 
         found = until(ended, "the job ends")

@@ -33,6 +33,9 @@ from tests.standing import (
 
 __all__ = ["_standing", "standing"]
 
+GOOD = arrays.encode(filled(1.0))
+BIAS = filled(1.0)["0.bias"]
+WEIGHT = filled(1.0)["0.weight"]
 EXACT = {"evaluation": {"holdout": 0, "release": "exact"}}
 
 
@@ -63,7 +66,7 @@ def with_value(name: str, index: int, value: float) -> Arrays:
 def zipped() -> bytes:
     """What numpy.savez writes."""
     file = io.BytesIO()
-    np.savez(file, **filled(1.0))
+    np.savez(file, weight=WEIGHT, bias=BIAS)
     return file.getvalue()
 
 
@@ -74,9 +77,6 @@ class Trap:
         return exec, ("raise SystemExit('a body was unpickled')",)
 
 
-GOOD = arrays.encode(filled(1.0))
-BIAS = filled(1.0)["0.bias"]
-WEIGHT = filled(1.0)["0.weight"]
 MISMATCH, BROKEN = ProblemCode.TENSORS_MISMATCH, ProblemCode.NOT_SAFETENSORS
 NON_FINITE, LENGTH = ProblemCode.NON_FINITE, ProblemCode.LENGTH_MISMATCH
 
@@ -131,7 +131,7 @@ def assert_goes_on(
     federation.until(lambda: not leftovers(federation))
 
 
-# --- Bytes that can never be taken: the task is over, what was declared stays charged, the others go on -----------------
+# --- Bytes that can never be taken: the task is over, what was declared stays charged, the others go on ---------------
 
 
 @pytest.mark.parametrize(("body", "code", "words"), HOPELESS.values(), ids=HOPELESS)

@@ -65,7 +65,7 @@ def test_what_happens_to_the_platform_is_one_chain_that_verifies(platform: Platf
     "change",
     [
         "actor = 'nobody'",
-        'data = data || \'{"name": "other"}\'',
+        'data = (data::jsonb || \'{"name": "other"}\')::json',
         "at = at + interval '1 microsecond'",
         "kind = 'key-issued'",
         "previous_hash = hash",

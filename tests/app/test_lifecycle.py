@@ -105,6 +105,7 @@ AT_WORK = RoundState(
     open_tasks=4,
     offered_again=0,
     able=4,
+    unasked=0,
     closes_at=NOON,
     uploading_until=None,
 )
@@ -142,6 +143,12 @@ DUE: dict[str, tuple[dict[str, Any], datetime, RoundEvent | None]] = {
         {"accepted": 0, "open_tasks": 1, "able": 1}, BEFORE, RoundEvent.GRANTS_LACKING,
     ),
     "nobody is left, for want of grants": ({"open_tasks": 0, "able": 0}, BEFORE, RoundEvent.GRANTS_LACKING),
+    "too few could ever come, but others were not asked": (
+        {"accepted": 0, "open_tasks": 1, "unasked": 1}, BEFORE, RoundEvent.REFILLED,
+    ),
+    "the others that were not asked are not enough either": (
+        {"accepted": 0, "open_tasks": 0, "able": 1, "unasked": 1}, BEFORE, RoundEvent.GRANTS_LACKING,
+    ),
     "grants are lacking and the round can still be filled": ({"open_tasks": 2, "able": 1}, BEFORE, None),
     "grants are lacking while paused": ({"open_tasks": 0, "able": 0, "paused": True}, AFTER, None),
     "too few, the last attempt": ({"accepted": 1, "attempt": 3}, NOON, RoundEvent.ATTEMPTS_EXHAUSTED),
@@ -179,6 +186,7 @@ states = st.builds(
     open_tasks=small,
     offered_again=small,
     able=small,
+    unasked=small,
     closes_at=moments,
     uploading_until=st.none() | moments,
 )

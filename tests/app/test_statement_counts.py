@@ -22,17 +22,16 @@ from isthmus.wire.rounds import RoundPhase
 from tests.federation import Federation, filled, job_spec
 from tests.standing import Wire, update_headers
 
-
 ADMISSION = 12
-"""The key; task, update, job, round, task again under its lock, participation; clock; grant, two of the ledger, task."""
-ACCEPTANCE = 15
-"""Task, job, round, task under its lock, update, participation; clock; round, task, update; three of an event; what is due; NOTIFY."""
+"""The key; task, update, job, round, task under its lock, participation; clock; grant, two of the ledger, task."""
+ACCEPTANCE = 14
+"""Task, job, round, task under its lock, update, names; clock; round, task, update; three of an event; due; NOTIFY."""
 REPETITION = 3
 """The key, the task, the update."""
 CLOSING = 22
 """An acceptance; the round, its tasks, two for the order of its set; three of an event."""
 AGGREGATION = 20
-"""Four to read; job, round, clock; three to publish, three of an event; candidates, round, tasks, three of an event; NOTIFY."""
+"""Four to read; job, round, clock; three to publish, three of an event; three to open, three of an event; NOTIFY."""
 
 
 class Statements(list[str]):
@@ -62,7 +61,7 @@ def counted() -> Iterator[Statements]:
 
 @pytest.fixture
 def quiet(make_federation: Callable[..., Federation]) -> Federation:
-    """Three sites on a service without a coordinator, so that nothing runs but what is asked for; every key was used."""
+    """Three sites on a service without a coordinator: nothing runs but what is asked for. Every key was used before."""
     federation = make_federation(coordinate=False)
     for site in federation.sites:
         assert site.try_claim() is None
@@ -171,4 +170,3 @@ def test_a_cohort_twice_as_large_costs_no_more_statements_to_close_and_open(
     federation.add(3)
 
     assert cost() == three
-

@@ -64,6 +64,7 @@ DOORS: Final = {
     "GET /v1/api-keys": ANYBODY,
     "POST /v1/api-keys/{}/rotate": ANYBODY,
     "POST /v1/api-keys/{}/revoke": ANYBODY,
+    "GET /metrics": door((ADMIN,), Scope.PLATFORM),
     "GET /v1/events": door((ADMIN, STEWARD), Scope.PLATFORM, Scope.DATASETS_READ),
     "GET /v1/workers": BOOKS,
     "GET /v1/workers/{}": BOOKS,

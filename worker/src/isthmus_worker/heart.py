@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
 
@@ -36,10 +37,13 @@ class Heart:
     the lease is lost.
     """
 
-    def __init__(self, client: Client, offer: TaskOffer, max_silence_s: float) -> None:
+    def __init__(
+        self, client: Client, offer: TaskOffer, max_silence_s: float, on_answer: Callable[[], None] = lambda: None
+    ) -> None:
         self._client = client
         self._offer = offer
         self._max_silence_s = max_silence_s
+        self._on_answer = on_answer
         self._alive_at = time.monotonic()
         self._progress = 0.0
         self._ended = threading.Event()
@@ -80,6 +84,7 @@ class Heart:
             except IsthmusError as error:
                 log.debug("heartbeat missed", extra={"task": self._offer.task_id, "reason": str(error)})
             else:
+                self._on_answer()
                 if not receipt.held:
                     self._lost = receipt.reason or "the task is over"
                     return

@@ -146,7 +146,7 @@ class Agent:
             return self._refuse(offer, " ".join(found))
         dataset = self.settings.dataset(offer.dataset)
         assert dataset is not None, "an offer for another dataset was refused above"
-        with Heart(self.client, offer, self.settings.resources.max_silence_s) as heart:
+        with Heart(self.client, offer, self.settings.resources.max_silence_s, self.state.note_contact) as heart:
             release = self.journal.find(key_of(offer))
             if release is not None:
                 release = self.journal.readdress(release, offer)

@@ -90,7 +90,8 @@ class DataSpec(Request):
             for feature in self.features:
                 if feature.categories is None and feature.missing is not Missing.REFUSE:
                     raise ValueError(
-                        f"missing values of {feature.name!r} become the federation's mean: that needs standardize: federated"
+                        f"missing values of {feature.name!r} become the federation's mean, which needs "
+                        "standardize: federated"
                     )
         return self
 

@@ -7,6 +7,8 @@ from enum import StrEnum
 from typing import Any, Final
 from uuid import UUID
 
+from pydantic import Field
+
 from isthmus.wire.base import Response, canonical_json
 
 GENESIS: Final = "0" * 64
@@ -63,7 +65,7 @@ class EventView(Response):
     stream: str
     """`job:<id>`, `organization:<id>` or `platform`."""
     sequence: int
-    kind: EventKind | str
+    kind: EventKind | str = Field(union_mode="left_to_right")
     """One of `EventKind`, or a newer service's that this version has no name for."""
     at: datetime
     actor: str

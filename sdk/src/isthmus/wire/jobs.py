@@ -2,10 +2,11 @@
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from isthmus.wire.base import Digest, Finite, Label, Name, Request, Response
@@ -225,14 +226,37 @@ class JobReason(StrEnum):
     ALL_ROUNDS_DONE = "all-rounds-done"
 
 
+EXAMPLE: Final[JsonDict] = {
+    "name": "heart-disease",
+    "model": {"layers": [{"linear": {"in": 3, "out": 16}}, "relu", {"linear": {"in": 16, "out": 2}}]},
+    "data": {
+        "task": "classification",
+        "features": ["age", {"name": "chol", "missing": "impute"}, "thalach"],
+        "target": "disease",
+        "classes": 2,
+        "standardize": "federated",
+    },
+    "training": {"optimizer": {"sgd": {"lr": 0.05, "momentum": 0.9}}, "batch_size": 32, "epochs": 2},
+    "strategy": "fedavg",
+    "cohort": {"min_updates": 3},
+    "privacy": "none",
+    "rounds": 20,
+}
+"""A job as a person writes it, for the documentation."""
+
+
 class CreateJob(Request):
     """A new job, as a draft: upload the initial model, then start it."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"spec": EXAMPLE}]})
 
     spec: JobSpec
 
 
 class CancelJob(Request):
     """Why the job is ended, for the record."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"note": "the data section was wrong"}]})
 
     note: Label = "cancelled by its owner"
 
@@ -276,6 +300,10 @@ class ParticipationState(StrEnum):
 class ApproveParticipation(Request):
     """The grant: for what, until when, for how many rounds. What is left out is taken from the job."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{}, {"purpose": "research", "expires_in_s": 2592000, "rounds": 20}]}
+    )
+
     purpose: Label | None = None
     expires_in_s: int | None = Field(default=None, ge=1, le=3660 * 86400)
     rounds: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -284,11 +312,15 @@ class ApproveParticipation(Request):
 class RejectParticipation(Request):
     """A steward says no, and why."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"note": "our ethics board has not agreed yet"}]})
+
     note: Label
 
 
 class WithdrawParticipation(Request):
     """A steward takes the grant back, in the middle of the job if need be."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"note": "a patient has withdrawn consent"}]})
 
     note: Label
 

@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import Annotated
 from uuid import UUID
 
-from pydantic import Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints
 
 from isthmus.wire.base import Digest, Finite, Request, Response, canonical_json
 from isthmus.wire.data import FeatureStatistics
@@ -94,6 +94,8 @@ def task_manifest(kind: TaskKind, spec: JobSpec, number: int, model: Manifest) -
 class ClaimTask(Request):
     """A worker asks for work. `datasets` limits it to those that it can serve just now; None: all of its own."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{}, {"datasets": ["heart"]}]})
+
     datasets: tuple[str, ...] | None = Field(default=None, max_length=10_000)
 
 
@@ -156,6 +158,8 @@ class TaskView(Response):
 class Heartbeat(Request):
     """The training process of this task is alive."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"fence": 1, "progress": 0.5}]})
+
     fence: int = Field(ge=1)
     progress: Annotated[Finite, Field(ge=0, le=1)] | None = None
 
@@ -171,12 +175,20 @@ class HeartbeatReceipt(Response):
 class RefuseTask(Request):
     """The worker's policy or data says no: final for this round."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"fence": 1, "reason": "our policy asks for a clip_norm of at most 1"}]}
+    )
+
     fence: int = Field(ge=1)
     reason: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=1000)]
 
 
 class FailTask(Request):
     """The work broke. The task may be offered again in the round's next attempt."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"fence": 1, "reason": "the training process ran out of memory"}]}
+    )
 
     fence: int = Field(ge=1)
     reason: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=1000)]
