@@ -1,12 +1,13 @@
 """The OpenAPI document and its page, which needs no outside network: its parts come from an installed package."""
 
+from importlib.metadata import distribution
+from pathlib import Path
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
-from swagger_ui_bundle import swagger_ui_path
 
 from isthmus import __version__
 from isthmus.wire.version import PROBLEM_MEDIA_TYPE
@@ -67,6 +68,11 @@ def _under_their_own_media_type(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
+def _assets() -> Path:
+    """Swagger UI of a version that reads OpenAPI 3.1, as a package ships it; nothing of the package is imported."""
+    return Path(str(distribution("fastapi-offline").locate_file("fastapi_offline/static")))
+
+
 def install(app: FastAPI) -> None:
     """Describe the service, and serve the page at /docs with everything that it loads."""
     generate = app.openapi
@@ -77,7 +83,7 @@ def install(app: FastAPI) -> None:
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to change the document
-    app.mount("/docs/assets", StaticFiles(directory=swagger_ui_path), name="docs-assets")
+    app.mount("/docs/assets", StaticFiles(directory=_assets()), name="docs-assets")
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> HTMLResponse:
@@ -87,7 +93,7 @@ def install(app: FastAPI) -> None:
             title="Isthmus: the API",
             swagger_js_url="/docs/assets/swagger-ui-bundle.js",
             swagger_css_url="/docs/assets/swagger-ui.css",
-            swagger_favicon_url="/docs/assets/favicon-32x32.png",
+            swagger_favicon_url="/docs/assets/favicon.png",
             swagger_ui_parameters={
                 "docExpansion": "list",
                 "defaultModelsExpandDepth": 0,

@@ -215,6 +215,15 @@ def test_browsers_are_told_to_run_nothing_from_elsewhere(platform: Platform, pat
     assert headers["cache-control"]
 
 
+def test_the_page_s_script_reads_the_version_of_the_document(platform: Platform) -> None:
+    """Swagger UI before version 5 shows nothing but "Unable to render this definition" for OpenAPI 3.1."""
+    version = platform.http().get("/openapi.json").json()["openapi"]
+    script = platform.http().get("/docs/assets/swagger-ui-bundle.js").text
+
+    assert version.startswith("3.1")
+    assert "openapi: 3.x.y" in script or "openapi: 3.1" in script
+
+
 def test_assets_are_those_of_the_page_and_nothing_beside_them(platform: Platform) -> None:
     http = platform.http()
 
