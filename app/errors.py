@@ -180,6 +180,15 @@ class DatasetServedElsewhere(PlatformError):
     code = ProblemCode.DATASET_SERVED_ELSEWHERE
 
 
+class DatasetNotConfirmed(PlatformError):
+    """The dataset was retired, or its columns changed, since the task was offered."""
+
+    code = ProblemCode.DATASET_NOT_CONFIRMED
+
+    def __init__(self) -> None:
+        super().__init__("The dataset is not confirmed: nothing of it is taken until its steward confirms it.")
+
+
 class LeaseLost(PlatformError):
     """The fence has moved on."""
 

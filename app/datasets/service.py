@@ -35,7 +35,7 @@ async def announce_dataset(session: AsyncSession, name: str, body: AnnounceDatas
     told = {
         "data_schema": body.data_schema.model_dump(mode="json"),
         "rows": body.rows,
-        "task_kinds": list(body.task_kinds),
+        "task_kinds": [kind.value for kind in body.task_kinds],
         "description": body.description,
     }
     if dataset is None:

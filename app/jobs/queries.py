@@ -252,10 +252,10 @@ async def page_checkpoints(session: AsyncSession, job_id: UUID, paging: Paging) 
 
 
 async def require_checkpoint(session: AsyncSession, caller: Caller, digest: str) -> int:
-    """The size of a checkpoint that the caller may read: of a job that it may see, or of a round that its worker is in.
+    """The size of a checkpoint that the caller may read: of a job open to it (`open_to`), or of its worker's round.
 
     Raises:
-        NotFound: missing, or another's.
+        NotFound: missing, another's, or of a job that the steward never granted anything.
     """
     statement = select(Checkpoint.size_bytes).where(Checkpoint.digest == digest)
     if caller.worker_id is not None:
@@ -272,10 +272,10 @@ async def require_checkpoint(session: AsyncSession, caller: Caller, digest: str)
 
 
 async def get_model_digest(session: AsyncSession, caller: Caller, job_id: UUID) -> str:
-    """The digest of a job's newest checkpoint.
+    """The digest of a job's newest checkpoint, if the job's models may be read (`open_to`).
 
     Raises:
-        NotFound: the job is missing or another's, or has no model yet.
+        NotFound: the job is missing, another's or never granted anything by the steward, or has no model yet.
     """
     await require_open(session, caller, job_id)
     digest: str | None = await session.scalar(select(Job.model_digest).where(Job.id == job_id))

@@ -270,7 +270,10 @@ async def list_participations(
     responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.CURSOR_INVALID),
 )
 async def list_rounds(job_id: UUID, caller: JobReader, session: Transaction, paging: Paging) -> Page[RoundView]:
-    """The job's rounds with their tasks and updates: who is in, who is missing, and why."""
+    """The job's rounds with their tasks and updates: who is in, who is missing, and why.
+
+    Of tasks and updates a steward sees its own organization's part.
+    """
     await queries.require_visible(session, caller, job_id)
     return await queries.page_rounds(session, caller, job_id, paging)
 
@@ -290,7 +293,10 @@ async def get_round(
     responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.CURSOR_INVALID),
 )
 async def list_metrics(job_id: UUID, caller: JobReader, session: Transaction, paging: Paging) -> Page[RoundMetrics]:
-    """What every round measured, over all sites and at each, as far as the job's evaluation releases it."""
+    """What every round measured, over all sites and at each, as far as the job's evaluation releases it.
+
+    Of the sites a steward sees its own organization's part.
+    """
     await queries.require_visible(session, caller, job_id)
     return await queries.page_metrics(session, caller, job_id, paging)
 

@@ -32,6 +32,5 @@ class Task(Base):
     detail: Mapped[str | None]
     admitted_digest: Mapped[str | None]  # what the ledger was charged for in this round, for ever
     offered_at: Mapped[datetime]
-    claimed_at: Mapped[datetime | None]
     lease_expires_at: Mapped[datetime | None]
-    progress_at: Mapped[datetime | None]
+    progress_until: Mapped[datetime | None]  # an upload brought bytes a short while ago; a heartbeat is none

@@ -17,19 +17,25 @@ from app.federation.lifecycle import ENDED_JOBS, OPEN_TASKS
 from app.models import Dataset, Grant, Job, Organization, Participation, Principal, Round, Task, Update, Worker
 from app.participations.queries import find_own
 from app.rounds.closing import settle
-from app.rounds.opening import begin_if_enough
+from app.rounds.opening import begin_if_enough, number_after
 from app.rounds.queries import find_open_round, get_job, get_round
 from app.wakeups import announce_change
 from isthmus.wire.data import DatasetSchema, misfits
 from isthmus.wire.datasets import DatasetState, UsePolicy, policy_objections
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import ApproveParticipation, JobSpec, JobState, ParticipationState
-from isthmus.wire.rounds import RoundPhase, TaskState
+from isthmus.wire.rounds import RoundPhase, TaskState, kind_of_round
 
-NEEDED_KINDS = frozenset({"train"})
 RENEWABLE = (ParticipationState.EXPIRED, ParticipationState.EXHAUSTED)
 """A steward who said yes may say so again. A no, and a grant taken back, are final for the job."""
 GRANT_S = 30 * 86400
+
+
+def needed_kinds(spec: JobSpec) -> frozenset[str]:
+    """The kinds of tasks that the rounds of a job offer."""
+    first, last = number_after(spec, None), number_after(spec, spec.rounds)
+    numbers = [number for number in (first, 1, last) if number is not None]
+    return frozenset(kind_of_round(number, spec.rounds).value for number in numbers)
 
 
 async def request_participations(session: AsyncSession, job: Job, owner: Principal, now: datetime) -> None:
@@ -55,8 +61,9 @@ async def request_participations(session: AsyncSession, job: Job, owner: Princip
             continue
         dataset = listed[name]
         unfit = misfits(spec.data, DatasetSchema.model_validate(dataset.data_schema))
-        if not NEEDED_KINDS.issubset(dataset.task_kinds):
-            unfit.append("It does not take training tasks.")
+        lacking = needed_kinds(spec).difference(dataset.task_kinds)
+        if lacking:
+            unfit.append(f"It does not take tasks of kind {', '.join(sorted(lacking))}.")
         if unfit:
             reasons.append(f"{name}: {' '.join(unfit)}")
             continue
@@ -160,11 +167,12 @@ async def approve(session: AsyncSession, caller: Caller, participation_id: UUID,
     now = await clock(session)
     grant = await _find_grant(session, participation_id)
     if grant is None:
-        grant = Grant(participation_id=participation.id, rounds_used=0, by_rule=False)
+        grant = Grant(participation_id=participation.id, rounds_used=0)
         session.add(grant)
     grant.purpose, grant.rounds = spec.purpose, grant.rounds_used + (asked.rounds or spec.rounds)
     grant.expires_at = now + timedelta(seconds=asked.expires_in_s or GRANT_S)
     grant.granted_by, grant.granted_at, grant.ended_at = caller.principal_id, now, None
+    grant.by_rule = False
     participation.state, participation.detail = ParticipationState.APPROVED, None
     participation.declared_rows = dataset.rows
     await session.flush()
@@ -224,7 +232,7 @@ async def withdraw(
     job = await get_job(session, job_id, "update")
     of = await find_open_round(session, job_id, "update")
     participation = await _lock_with_tasks(session, participation_id)
-    if participation.state not in (ParticipationState.APPROVED, ParticipationState.EXHAUSTED):
+    if participation.state not in (ParticipationState.APPROVED, *RENEWABLE):
         raise StateConflict(f"The participation is {participation.state}; there is no grant to withdraw.")
     now = await clock(session)
     name = await _name(session, participation)

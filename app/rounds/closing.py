@@ -17,9 +17,9 @@ from app.federation.lifecycle import (
     advance_round,
     due_event,
 )
-from app.models import Job, Round, Task
+from app.models import Dataset, Job, Participation, Round, Task
 from app.queue import AGGREGATE_ROUND, defer
-from app.rounds.opening import pause_for_want, refill
+from app.rounds.opening import offer_again, pause_for_want, refill
 from app.rounds.queries import list_contributions, round_state
 from app.wakeups import announce_change
 from isthmus.wire.events import EventKind
@@ -86,19 +86,18 @@ async def _offer_again(session: AsyncSession, job: Job, of: Round, now: datetime
         Task.state == TaskState.OFFERED,
         Task.state.in_(OPEN_TASKS) & (Task.lease_expires_at <= now),
     )
-    offered = await session.execute(
-        update(Task)
+    found = await session.execute(
+        select(Task, Dataset.worker_id)
+        .join(Participation, Participation.id == Task.participation_id)
+        .join(Dataset, Dataset.id == Participation.dataset_id)
         .where(Task.round_id == of.id, missing)
-        .values(
-            state=TaskState.OFFERED,
-            fence=Task.fence + 1,
-            attempt=of.attempt,
-            offered_at=now,
-            claimed_at=None,
-            lease_expires_at=None,
-        )
-        .returning(Task.id)
+        .order_by(Task.id)
+        .with_for_update(of=Task)
+        .execution_options(populate_existing=True)
     )
+    offered = found.all()
+    for task, worker_id in offered:
+        offer_again(task, of, worker_id, now)
     await append(
         session,
         job_stream(job.id),
@@ -107,7 +106,7 @@ async def _offer_again(session: AsyncSession, job: Job, of: Round, now: datetime
         round=of.number,
         attempt=of.attempt,
         kept=of.accepted,
-        offered=len(offered.all()),
+        offered=len(offered),
     )
     await announce_change(session, job.id)
 

@@ -71,7 +71,6 @@ async def claim_task(
         .where(Task.id == candidate.scalar_subquery())
         .values(
             state=TaskState.CLAIMED,
-            claimed_at=func.clock_timestamp(),
             lease_expires_at=func.clock_timestamp() + settings.lease,
         )
         .returning(Task.id)
@@ -128,7 +127,7 @@ async def _offer(session: AsyncSession, settings: Settings, task_id: UUID) -> Ta
         round_number=of.number,
         attempt=task.attempt,
         closes_at=of.closes_at,
-        job_seed=spec.seed or "",
+        job_seed=spec.seed or "",  # never empty: the service draws one when the job is created
         model=ModelReference(
             url=f"{API_PREFIX}/checkpoints/{checkpoint.digest}",
             digest=checkpoint.digest,
@@ -157,7 +156,6 @@ async def renew_lease(
         )
         .values(
             lease_expires_at=func.clock_timestamp() + settings.lease,
-            progress_at=func.clock_timestamp(),
         )
         .returning(Task.id)
     )
@@ -239,7 +237,6 @@ async def lapse_leases(session: AsyncSession, job_id: UUID, round_id: UUID) -> i
             state=TaskState.OFFERED,
             fence=Task.fence + 1,
             offered_at=now,
-            claimed_at=None,
             lease_expires_at=None,
             detail="The worker's lease ran out; offered again.",
         )

@@ -195,6 +195,7 @@ def _task(job_id: UUID, opened: Round, candidate: Candidate, now: datetime) -> T
         participation_id=candidate.participation_id,
         worker_id=candidate.worker_id,
         kind=opened.kind,
+        attempt=opened.attempt,
         offered_at=now,
     )
 
@@ -203,17 +204,20 @@ async def refill(session: AsyncSession, job: Job, of: Round, now: datetime) -> N
     """A round that lost too many of those that it asked asks all the others. Needs the locks of job and round."""
     of.phase = advance_round(of.phase, RoundEvent.REFILLED)
     others = await list_unasked(session, of, await list_candidates(session, job.id, now))
-    by_participation = {item.participation_id: item for item in others}
-    offered = await session.scalars(
-        update(Task)
-        .where(Task.round_id == of.id, Task.participation_id.in_(by_participation))
-        .values(state=TaskState.OFFERED, fence=Task.fence + 1, offered_at=now, claimed_at=None, detail=None)
-        .returning(Task.participation_id)
+    called_off = await session.scalars(
+        select(Task).where(
+            Task.round_id == of.id, Task.participation_id.in_([item.participation_id for item in others])
+        )
     )
-    for participation_id in offered.all():
-        del by_participation[participation_id]
-    of.cohort_size += len(by_participation)
-    session.add_all(_task(job.id, of, item, now) for item in by_participation.values())
+    again = {task.participation_id: task for task in called_off}
+    for item in others:
+        task = again.get(item.participation_id)
+        if task is None:
+            session.add(_task(job.id, of, item, now))
+            of.cohort_size += 1
+        else:  # to whichever worker serves the dataset now
+            offer_again(task, of, item.worker_id, now)
+    await session.flush()
     await append(
         session,
         job_stream(job.id),
@@ -225,6 +229,13 @@ async def refill(session: AsyncSession, job: Job, of: Round, now: datetime) -> N
         added=sorted(f"{item.organization}/{item.dataset}" for item in others),
     )
     await announce_change(session, job.id)
+
+
+def offer_again(task: Task, of: Round, worker_id: UUID, now: datetime) -> None:
+    """Put a task back on offer, to the worker that serves its dataset now, under the next fence."""
+    task.state, task.worker_id, task.attempt = TaskState.OFFERED, worker_id, of.attempt
+    task.fence += 1
+    task.offered_at, task.lease_expires_at, task.detail = now, None, None
 
 
 async def pause_for_want(session: AsyncSession, job: Job, needed: int, now: datetime) -> None:

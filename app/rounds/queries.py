@@ -114,7 +114,7 @@ async def round_state(session: AsyncSession, job: Job, of: Round, now: datetime)
             select(
                 func.count().filter(Task.state.in_(OPEN_TASKS)),
                 func.count().filter(Task.state.in_(OFFERED_AGAIN)),
-                func.max(Task.lease_expires_at).filter(Task.state == TaskState.UPLOADING),
+                func.max(Task.progress_until).filter(Task.state == TaskState.UPLOADING),
             ).where(Task.round_id == of.id)
         )
     ).one()

@@ -126,6 +126,7 @@ async def heartbeat(
         ProblemCode.JOB_NOT_RUNNING,
         ProblemCode.ROUND_NOT_COLLECTING,
         ProblemCode.GRANT_WITHDRAWN,
+        ProblemCode.DATASET_NOT_CONFIRMED,
         ProblemCode.UPDATE_CONFLICT,
         ProblemCode.LENGTH_REQUIRED,
         ProblemCode.BODY_TOO_LARGE,

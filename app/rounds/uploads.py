@@ -18,6 +18,7 @@ from app.credentials import Signer
 from app.database import clock
 from app.errors import (
     BodyTooLarge,
+    DatasetNotConfirmed,
     GrantWithdrawn,
     InvalidRequest,
     JobNotRunning,
@@ -156,7 +157,7 @@ async def admit_update(
 
     Raises:
         LeaseLost, TaskNotClaimed, TaskNotOpen: the task is not this worker's to hand in for.
-        JobNotRunning, RoundNotCollecting, GrantWithdrawn: nothing is taken any more.
+        JobNotRunning, RoundNotCollecting, GrantWithdrawn, DatasetNotConfirmed: nothing is taken any more.
         UpdateConflict: other bytes were admitted or accepted.
         BodyTooLarge, TensorsMismatch: a body of this length cannot fit the manifest. Nothing is spent.
     """
@@ -176,7 +177,7 @@ async def admit_update(
         raise UpdateConflict
     participation, grant, confirmed = await _participation(session, task.participation_id)
     if not confirmed:
-        raise GrantWithdrawn("suspended, because its dataset is not confirmed")
+        raise DatasetNotConfirmed
     require_open(job, of, task, participation, headers.fence)
     spec = JobSpec.model_validate(job.spec)
     manifest = task_manifest(task.kind, spec, of.number, Manifest.model_validate(job.manifest))
@@ -210,7 +211,7 @@ async def admit_update(
     elif task.admitted_digest != headers.digest:
         raise UpdateConflict
     task.state = TaskState.UPLOADING
-    task.lease_expires_at = func.clock_timestamp() + settings.lease
+    task.lease_expires_at = task.progress_until = func.clock_timestamp() + settings.lease
     return Admission(
         task_id=task_id,
         manifest=manifest,
@@ -268,7 +269,10 @@ async def note_progress(session: AsyncSession, settings: Settings, task_id: UUID
     await session.execute(
         update(Task)
         .where(Task.id == task_id, Task.fence == fence, Task.state == TaskState.UPLOADING)
-        .values(lease_expires_at=func.clock_timestamp() + settings.lease, progress_at=func.clock_timestamp())
+        .values(
+            lease_expires_at=func.clock_timestamp() + settings.lease,
+            progress_until=func.clock_timestamp() + settings.lease,
+        )
     )
 
 

@@ -242,6 +242,6 @@ def test_a_retired_dataset_releases_nothing_any_more(federation: Federation) -> 
     offer = site.claim()
     site.steward.datasets.retire(site.dataset.id)
 
-    with refused(ProblemCode.GRANT_WITHDRAWN):
+    with refused(ProblemCode.DATASET_NOT_CONFIRMED):
         site.hand_in(offer, filled(1.0))
     assert not list(site.steward.datasets.ledger(site.dataset.id))

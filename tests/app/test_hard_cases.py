@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from isthmus.client import NoWork, Refused
 from isthmus.wire.datasets import UsePolicy
 from isthmus.wire.jobs import ApproveParticipation, JobReason, JobState, RejectParticipation, WithdrawParticipation
 from isthmus.wire.problems import ProblemCode
-from isthmus.wire.rounds import ClaimTask, TaskOffer, TaskState
+from isthmus.wire.rounds import ClaimTask, TaskKind, TaskOffer, TaskState
+from tests.app.test_deadlines import HalfAnUpload, pass_deadline
 from tests.app.test_grants import approve, part_of
 from tests.app.test_races import withdraw
 from tests.federation import BY_HAND, Federation, Site, filled, job_spec, measured
@@ -244,3 +246,86 @@ def test_a_withdrawal_holds_one_connection(make_federation: MakeFederation) -> N
         )
     assert {part.state.value for part in ended} == {"withdrawn"}
     assert time.monotonic() - began < 10
+
+
+def test_a_replaced_worker_takes_the_dataset_over_and_the_job_goes_on(federation: Federation) -> None:
+    job = federation.start(job_spec(cohort={"min_updates": 3, "deadline_s": 60}))
+    first, second, third = federation.sites
+    for site in (first, second):
+        site.hand_in(site.claim(), filled(1.0))
+    third.steward.workers.revoke(next(iter(third.steward.workers.list())).id)
+    federation.until_state(job, JobState.PAUSED)
+
+    third.worker = federation.platform.worker(third.organization)
+    third.worker.datasets.announce("heart", announcement(100))
+    third.steward.datasets.confirm(third.dataset.id)
+    federation.researcher.jobs.resume(job.id)
+
+    offer = third.claim()
+    assert offer.fence > 1
+    third.hand_in(offer, filled(4.0))
+    assert federation.finish(job).state is JobState.COMPLETED
+    assert (federation.model(job)["0.bias"] == 2.0).all()
+    events = list(federation.researcher.jobs.events(job.id, follow=False))
+    assert sum(event.kind == "round-reopened" for event in events) == 1
+
+
+def test_a_dataset_that_takes_only_some_kinds_of_tasks_is_asked_only_for_jobs_of_those(
+    make_federation: MakeFederation,
+) -> None:
+    federation = make_federation(sites=2)
+    federation.add(1)
+    limited = federation.sites[2]
+    body = announcement(100).model_copy(update={"task_kinds": (TaskKind.TRAIN,)})
+    limited.worker.datasets.announce("heart", body)
+
+    plain = federation.start(job_spec())
+    assert len(list(federation.researcher.jobs.participations(plain.id))) == 3
+    measuring = federation.start(job_spec(evaluation={"holdout": 0.2, "release": "local"}))
+    asked = [part.organization for part in federation.researcher.jobs.participations(measuring.id)]
+    assert limited.organization.name not in asked
+
+
+def test_a_renewed_grant_is_the_steward_s_own_and_an_expired_one_can_still_be_withdrawn(
+    make_federation: MakeFederation,
+) -> None:
+    federation = make_federation(sites=3)
+    job = federation.start()
+    first, second, third = federation.sites
+    first.hand_in(first.claim(), filled(9.0))
+    federation.platform.execute(
+        "UPDATE grants SET expires_at = clock_timestamp() WHERE participation_id IN (%s, %s)",
+        [part_of(first, job).id, part_of(second, job).id],
+    )
+    federation.until(lambda: part_of(second, job).state.value == "expired")
+
+    withdraw(federation, job, first)
+    assert not federation.blobs("updates"), "its update was in, and not summed yet: it leaves the set"
+    grant = second.steward.participations.approve(part_of(second, job).id, ApproveParticipation()).grant
+    assert grant is not None
+    assert not grant.by_rule
+    if federation.job(job).state is JobState.PAUSED:
+        federation.researcher.jobs.resume(job.id)
+    for site in (second, third):
+        site.hand_in(site.claim(), filled(1.0))
+    assert federation.finish(job).state is JobState.COMPLETED
+    assert (federation.model(job)["0.bias"] == 1.0).all()
+
+
+def test_an_upload_that_stalls_does_not_hold_the_round_by_heartbeats(make_federation: MakeFederation) -> None:
+    federation = make_federation(lease=timedelta(seconds=2), heartbeat=timedelta(seconds=1))
+    job = federation.start(job_spec(cohort={"min_updates": 2, "deadline_s": 60, "grace_s": 60}))
+    first, second, third = federation.sites
+    first.hand_in(first.claim(), filled(1.0))
+    second.hand_in(second.claim(), filled(1.0))
+    offer = third.claim()
+    upload = HalfAnUpload(third, offer, 4.0)
+    pass_deadline(federation, job)
+    beats = 0
+    while federation.researcher.jobs.round(job.id, 1).accepted == 2 and federation.job(job).state is JobState.RUNNING:
+        third.heartbeat(offer)
+        beats += 1
+        time.sleep(0.25)
+        assert beats < 40, "the round waits for an upload that brings nothing"
+    assert federation.finish(job).state is JobState.COMPLETED
+    upload.finish()

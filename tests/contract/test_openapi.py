@@ -268,6 +268,7 @@ PROVEN = {
     ProblemCode.TASK_NOT_CLAIMED: "app/test_bad_updates.py",
     ProblemCode.ROUND_NOT_COLLECTING: "app/test_bad_updates.py",
     ProblemCode.GRANT_WITHDRAWN: "app/test_grants.py",
+    ProblemCode.DATASET_NOT_CONFIRMED: "app/test_grants.py",
     ProblemCode.UPDATE_CONFLICT: "app/test_bad_updates.py",
     ProblemCode.DIGEST_MISMATCH: "app/test_bad_updates.py",
     ProblemCode.LENGTH_MISMATCH: "app/test_bad_updates.py",
@@ -280,8 +281,6 @@ PROVEN = {
 }
 RESERVED = {
     ProblemCode.TOO_MANY_REQUESTS: "for gateways that limit rates; the service itself paces by Retry-After",
-    ProblemCode.DATASET_NOT_CONFIRMED: "datasets that are not confirmed are not asked; a dataset retired later is "
-    "answered with grant-withdrawn",
 }
 
 

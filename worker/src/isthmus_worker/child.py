@@ -98,13 +98,17 @@ def answer_to(order: Work | Describe, line: Line) -> Answer:
             return Described(data_schema=source.schema(), rows=source.rows())
         return _desk().perform(order, lambda progress: line.tell(order.number, progress))
     except (DataRefused, ModelRefused) as refusal:
-        return Refusal(reason=str(refusal), where=refusal.where)
+        return Refusal(reason=refusal.told(_tells_counts(order)), where=refusal.where)
     except WorkBroken as broken:
-        return Failure(reason=str(broken), where=broken.where)
+        return Failure(reason=broken.told(_tells_counts(order)), where=broken.where)
     except _Stopped:
         return Cancelled()
     except Exception as error:  # a bug, ours or an entry point's: it must not end the child, nor quote data
         return Failure(reason=_unexpected(error), where=_frames(error))
+
+
+def _tells_counts(order: Work | Describe) -> bool:
+    return isinstance(order, Work) and order.tell_counts
 
 
 @cache

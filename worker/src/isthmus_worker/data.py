@@ -238,7 +238,8 @@ class CsvSource:
             yield [None if cell in missing else cell for cell in stripped]
         if uneven:
             raise DataRefused(
-                f"{uneven} records of the dataset have more or fewer values than its header.",
+                "Some records of the dataset have more or fewer values than its header.",
+                records=uneven,
                 where=f"{self.settings.path}:{first_uneven} is the first; the delimiter is {self.settings.delimiter!r}",
             )
 

@@ -38,7 +38,7 @@ def evaluate(
     with torch.no_grad():
         inputs, targets = as_tensors(examples, data.input_shape)
         for start in range(0, len(examples), _BATCH):
-            predicted = model(inputs[start : start + _BATCH])
+            predicted = model(inputs[start : start + _BATCH].clone())  # a model may work in place; the rows are kept
             total += loss_of(predicted, targets[start : start + _BATCH], loss, reduction="sum").item()
             outputs.append(predicted.double().numpy())
             tell()

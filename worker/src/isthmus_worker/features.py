@@ -1,6 +1,7 @@
 """From records to numbers: what a job's data section asks for, as the arrays that a model reads.
 
-Every refusal names the column and how many records are concerned, and never a value: its text goes to the service.
+Every refusal names the column, and never a value: its text goes to the service. How many records are concerned stays in
+the log, see `isthmus_worker.refusals`.
 """
 
 from dataclasses import dataclass
@@ -38,11 +39,12 @@ def encode_inputs(table: Table, data: DataSpec, statistics: FeatureStatistics | 
     federation; only centred where the deviation is 0, and as it is with `standardize: none` or its own
     `standardize: false`. Categories are one column each, in the order listed. With `missing: indicate` one more
     column follows directly after the feature's own, 1 where the value was missing. A missing number becomes the
-    federation's mean, a missing category zeros.
+    federation's mean, a missing category zeros. A number beyond float32 becomes the largest there is: a refusal would
+    tell whoever chooses mean and variance where the largest value lies.
 
     Raises:
-        DataRefused: a column is missing or holds words, a value is missing or is no listed category where the job
-            refuses that, or a number is beyond float32.
+        DataRefused: a column is missing or holds words, or a value is missing or is no listed category where the job
+            refuses that.
     """
     inputs = np.zeros((table.rows, data.width), dtype=np.float32)
     known = _by_name(data, statistics)
@@ -52,9 +54,7 @@ def encode_inputs(table: Table, data: DataSpec, statistics: FeatureStatistics | 
         if feature.categories is None:
             values = number_column(table, feature)
             absent = np.isnan(values)
-            inputs[:, place] = _as_float32(
-                _standardized(values, absent, feature, known.get(feature.name)), feature.name
-            )
+            inputs[:, place] = _saturated(_standardized(values, absent, feature, known.get(feature.name)))
         else:
             positions = _category_positions(table, feature, feature.categories)
             absent = positions < 0
@@ -76,9 +76,11 @@ def number_column(table: Table, feature: FeatureSpec) -> NDArray[np.float64]:
     values = np.array([_number_or_nan(cell) for cell in cells], dtype=np.float64)
     absent = sum(cell is None for cell in cells)
     if words := int(np.isnan(values).sum()) - absent:
-        raise DataRefused(f"Column {feature.name!r} must hold numbers; {words} records have something else there.")
+        raise DataRefused(
+            f"Column {feature.name!r} must hold numbers; some records have something else there.", records=words
+        )
     if absent and feature.missing is Missing.REFUSE:
-        raise DataRefused(f"Column {feature.name!r} has {absent} missing values; the job refuses them.")
+        raise _missing(feature, absent)
     return values
 
 
@@ -90,14 +92,18 @@ def encode_targets(table: Table, data: DataSpec) -> NDArray[Any]:
     """
     cells = _column(table, data.target)
     if absent := sum(cell is None for cell in cells):
-        raise DataRefused(f"The target {data.target!r} is missing in {absent} records.")
+        raise DataRefused(f"The target {data.target!r} is missing in some records.", records=absent)
     if data.task == "regression":
         values = np.array([_number_or_nan(cell) for cell in cells], dtype=np.float64)
         if words := int(np.isnan(values).sum()):
             raise DataRefused(
-                f"The target {data.target!r} must hold numbers; {words} records have something else there."
+                f"The target {data.target!r} must hold numbers; some records have something else there.", records=words
             )
-        return _as_float32(values, data.target).reshape(-1, 1)
+        with np.errstate(over="ignore"):
+            narrow = values.astype(np.float32)
+        if not np.isfinite(narrow).all():
+            raise DataRefused(f"The target {data.target!r} holds numbers too large for float32.")
+        return narrow.reshape(-1, 1)
     if data.labels is not None:
         places = {label: place for place, label in enumerate(data.labels)}
         classes = np.array([places.get(text_of(cell), -1) for cell in cells], dtype=np.int64)
@@ -109,7 +115,7 @@ def encode_targets(table: Table, data: DataSpec) -> NDArray[Any]:
         expected = f"a whole number from 0 to {data.outputs - 1}"
     if other := int((classes < 0).sum()):
         raise DataRefused(
-            f"The target {data.target!r} must hold {expected}; {other} records have something else there."
+            f"The target {data.target!r} must hold {expected}; some records have something else there.", records=other
         )
     return classes
 
@@ -125,6 +131,27 @@ def require_rows(table: Table) -> None:
     """Refuse a dataset without records."""
     if table.rows == 0:
         raise DataRefused("The dataset has no records.")
+
+
+def require_enough_rows(training: int, holdout: int, fewest: int, *, exact: bool) -> None:
+    """Refuse a share that would leave single records in one of the parts.
+
+    Args:
+        training: records that are trained on or measured.
+        holdout: records that are held out; none at all is allowed.
+        fewest: the policy's `min_rows`.
+        exact: whether numbers about the parts leave as they are.
+
+    Raises:
+        DataRefused: too few. The text holds none of the numbers.
+    """
+    if training < fewest:
+        raise DataRefused("min_rows: fewer training records than this worker's policy asks for.", where=str(training))
+    if exact and 0 < holdout < fewest:
+        raise DataRefused(
+            "min_rows: fewer held-out records than this worker's policy asks for where exact numbers leave.",
+            where=str(holdout),
+        )
 
 
 def require_two_classes(data: DataSpec, targets: NDArray[Any]) -> None:
@@ -158,10 +185,18 @@ def _category_positions(table: Table, feature: FeatureSpec, categories: tuple[st
     places = {category: place for place, category in enumerate(categories)}
     positions = np.array([-1 if cell is None else places.get(text_of(cell), -2) for cell in cells], dtype=np.int64)
     if unknown := int((positions == -2).sum()):
-        raise DataRefused(f"Column {feature.name!r} holds a category that the job does not list, in {unknown} records.")
+        raise DataRefused(
+            f"Column {feature.name!r} holds a category that the job does not list, in some records.", records=unknown
+        )
     if (absent := int((positions == -1).sum())) and feature.missing is Missing.REFUSE:
-        raise DataRefused(f"Column {feature.name!r} has {absent} missing values; the job refuses them.")
+        raise _missing(feature, absent)
     return positions
+
+
+def _missing(feature: FeatureSpec, absent: int) -> DataRefused:
+    return DataRefused(
+        f"Column {feature.name!r} has missing values in some records; the job refuses them.", records=absent
+    )
 
 
 def _by_name(data: DataSpec, statistics: FeatureStatistics | None) -> dict[str, tuple[float, float]]:
@@ -184,13 +219,11 @@ def _standardized(
     filled = np.where(absent, mean, values)
     if not feature.standardize:
         return filled
-    centred = filled - mean
-    return centred / deviation if deviation > 0 else centred
-
-
-def _as_float32(values: NDArray[np.float64], name: str) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):
-        narrow = values.astype(np.float32)
-    if not np.isfinite(narrow).all():
-        raise DataRefused(f"Column {name!r} holds numbers too large for float32 once standardized.")
-    return narrow
+        centred = filled - mean
+        return centred / deviation if deviation > 0 else centred
+
+
+def _saturated(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    limit = float(np.finfo(np.float32).max)
+    return np.clip(values, -limit, limit).astype(np.float32)

@@ -23,6 +23,7 @@ OVER: Final = frozenset(
         ProblemCode.TASK_NOT_CLAIMED,
         ProblemCode.ROUND_NOT_COLLECTING,
         ProblemCode.GRANT_WITHDRAWN,
+        ProblemCode.DATASET_NOT_CONFIRMED,
         ProblemCode.JOB_NOT_RUNNING,
         ProblemCode.NOT_FOUND,
     }
@@ -33,8 +34,8 @@ OVER: Final = frozenset(
 class Heart:
     """Beats in a thread of its own as long as it is entered and what it beats for shows signs of life.
 
-    A heartbeat says that the *work* lives, not that the agent does: after `max_silence_s` without `alive` it stops, and
-    the lease is lost.
+    A heartbeat says that the *work* lives, not that the agent does: after `max_silence_s` without `alive` it stops for
+    good: the lease ends, and the task is `lost`.
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class Heart:
     def _beat(self) -> None:
         while not self._ended.wait(max(SHORTEST_S, self._offer.heartbeat_s)):
             if time.monotonic() - self._alive_at > self._max_silence_s:
-                continue
+                self._lost = f"no sign of life for {self._max_silence_s:g} seconds"
+                return
             body = Heartbeat(fence=self._offer.fence, progress=self._progress)
             try:
                 receipt = self._client.tasks.heartbeat(self._offer.task_id, body)

@@ -18,7 +18,7 @@ from isthmus_worker.journal import BytesDamaged, Journal, Release, key_of
 from isthmus_worker.messages import Work
 from isthmus_worker.offers import contradictions, needs_model
 from isthmus_worker.policy import objections, resource_objections
-from isthmus_worker.release import HandedIn, ReceiptInvalid, backoff_s, hand_in
+from isthmus_worker.release import LONGEST_PAUSE_S, HandedIn, ReceiptInvalid, backoff_s, hand_in
 from isthmus_worker.settings import DatasetSettings, Settings
 from isthmus_worker.state import Credentials, StateDir
 from isthmus_worker.trainer import Trainer, WorkCancelled, WorkFailed, WorkRefused
@@ -29,8 +29,6 @@ Answer = TypeVar("Answer")
 
 WAIT_S: Final = 30
 """Length of a long poll for work."""
-LONGEST_PAUSE_S: Final = 300.0
-"""Whatever the service asks for, we look again after so long."""
 MODELS_KEPT: Final = 3
 LONGEST_REASON: Final = 1000
 
@@ -56,7 +54,8 @@ class KeyRefused(Exception):
     def __init__(self, refusal: Refused) -> None:
         super().__init__(
             f"The service refuses this worker's key: {refusal.detail} [{refusal.code}]. "
-            "Ask a steward of your organization for a new enrolment token, and enrol again with a new state directory."
+            "Ask a steward of your organization for a new enrolment token, and run `isthmus-worker enroll --again` with "
+            "the same state directory: it holds the account of what left, and the key of the hold-out."
         )
 
 
@@ -114,8 +113,11 @@ class Agent:
             raise NothingToServe
 
     def settle(self) -> None:
-        """Hand in what an earlier run noised: its leases may still be held, or only the receipt was lost."""
-        for release in self.journal.open_releases():
+        """Hand in what an earlier run may have spent: its leases may still be held, or only the receipt was lost.
+
+        What was only prepared waits for its round to be offered again, and for the policy that we have by then.
+        """
+        for release in self.journal.unsettled():
             outcome, reason = self._hand_in(release)
             log.info(
                 "settled",
@@ -134,16 +136,21 @@ class Agent:
             self._end_idle_child()
             return Outcome.IDLE
         began = time.monotonic()
-        outcome = self.serve(offer)
+        try:
+            outcome = self.serve(offer)
+        except (ValueError, OverflowError) as error:  # what no check foresaw must not end the agent, again and again
+            log.exception("unexpected", extra=_words(offer))
+            outcome = self._fail(offer, f"An unexpected {type(error).__name__} ended the task.")
         took_s = round(time.monotonic() - began, 3)
         log.info("task over", extra={**_words(offer), "outcome": outcome, "took_s": took_s})
         return outcome
 
     def serve(self, offer: TaskOffer) -> Outcome:
         """See one offer through: check, compute unless it was computed before, hand in."""
-        self.journal.retire_before(str(offer.participation_id), offer.round_number)
         if found := self._objections(offer):
             return self._refuse(offer, " ".join(found))
+        self.journal.pin(offer)
+        self.journal.retire_before(str(offer.participation_id), offer.round_number)
         dataset = self.settings.dataset(offer.dataset)
         assert dataset is not None, "an offer for another dataset was refused above"
         with Heart(self.client, offer, self.settings.resources.max_silence_s, self.state.note_contact) as heart:
@@ -161,7 +168,7 @@ class Agent:
                 except WorkCancelled:
                     log.info("task cancelled", extra={**_words(offer), "reason": heart.lost})
                     return Outcome.CANCELLED
-            outcome, reason = self._hand_in(release, heart.alive)
+            outcome, reason = self._hand_in(release, heart.alive, lambda: heart.lost is None)
         if outcome is HandedIn.ACKNOWLEDGED:
             return Outcome.SUBMITTED
         log.warning("upload refused", extra={**_words(offer), "reason": reason, "bytes": outcome})
@@ -186,6 +193,8 @@ class Agent:
             upload_path=draft,
             holdout_key=self.state.holdout_key().hex(),
             entry_points=self.settings.policy.entry_points,
+            min_rows=self.settings.policy.min_rows,
+            tell_counts=self.settings.policy.allow_exact_statistics,
         )
         done = self.trainer.work(order, heart.alive, lambda: heart.lost is not None)
         heart.alive(1.0)
@@ -224,7 +233,12 @@ class Agent:
             old.unlink(missing_ok=True)
         return path
 
-    def _hand_in(self, release: Release, on_progress: Callable[[], None] = lambda: None) -> tuple[HandedIn, str]:
+    def _hand_in(
+        self,
+        release: Release,
+        on_progress: Callable[[], None] = lambda: None,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> tuple[HandedIn, str]:
         try:
             return hand_in(
                 self.client,
@@ -233,6 +247,7 @@ class Agent:
                 service_public_key=self.credentials.service_public_key,
                 sleep=self.sleep,
                 on_progress=on_progress,
+                wanted=wanted,
             )
         except ReceiptInvalid as error:
             log.error("receipt not valid", extra={"job": release.job, "task": release.task_id, "reason": str(error)})
@@ -305,7 +320,8 @@ class Agent:
             try:
                 return call()
             except (Unreachable, TimedOut, BadResponse, Refused) as error:
-                wait_s = max(backoff_s(attempt), (error.retry_after_s or 0.0) if isinstance(error, Refused) else 0.0)
+                asked_s = (error.retry_after_s or 0.0) if isinstance(error, Refused) else 0.0
+                wait_s = min(LONGEST_PAUSE_S, max(backoff_s(attempt), asked_s))
                 log.warning("service not available", extra={"reason": str(error), "again_in_s": round(wait_s, 1)})
                 self._end_idle_child()
                 self.sleep(wait_s)

@@ -44,6 +44,10 @@ class Work(_Message):
     """In hexadecimal."""
     entry_points: tuple[EntryPoint, ...]
     """Model functions that this organization allows."""
+    min_rows: int
+    """Fewest training records, and fewest held-out ones behind numbers that leave as they are."""
+    tell_counts: bool
+    """Whether a refusal may tell the service how many records are concerned."""
 
 
 class Cancel(_Message):
@@ -83,7 +87,7 @@ class Refusal(_Message):
 
     answer: Literal["refusal"] = "refusal"
     reason: str
-    """For the service: names columns and counts, never a value."""
+    """For the service: names columns, and counts only where the policy lets them leave; never a value."""
     where: str = ""
     """For the log of this worker."""
 

@@ -1,9 +1,14 @@
 """Whether an offer agrees with itself. The service is not trusted: what it says is computed again from the spec."""
 
+import math
 from collections.abc import Collection
+from typing import Final
 
 from isthmus.wire.base import digest_of
 from isthmus.wire.rounds import TaskKind, TaskOffer, kind_of_round, task_manifest
+
+LEAST_VARIANCE: Final = 1e-24
+"""Of a column that is not constant, beside the square of its mean (or 1, if that is larger)."""
 
 
 def contradictions(offer: TaskOffer, *, organization: str, datasets: Collection[str]) -> list[str]:
@@ -34,9 +39,18 @@ def contradictions(offer: TaskOffer, *, organization: str, datasets: Collection[
             statistics.names
         ):
             found.append("The federation's statistics are missing, or not those of the job's number columns.")
-        elif statistics.names != names or min(statistics.variance, default=0.0) < 0:
+        elif statistics.names != names:
             found.append("The federation's statistics are not those of the job's number columns.")
+        elif not all(map(_plausible, statistics.mean, statistics.variance)):
+            found.append("The federation's statistics hold a mean or a variance that no records have.")
     return found
+
+
+def _plausible(mean: float, variance: float) -> bool:
+    """A variance so small beside its mean is no variance of float64 values: it would blow up single records."""
+    if not (math.isfinite(mean) and math.isfinite(variance)):
+        return False
+    return variance == 0 or variance >= LEAST_VARIANCE * max(1.0, abs(mean)) * max(1.0, abs(mean))
 
 
 def needs_model(offer: TaskOffer) -> bool:

@@ -1,12 +1,29 @@
-"""Why a task cannot be done, in words that may be sent to the service: they name columns and counts, never a value."""
+"""Why a task cannot be done, in words that may be sent to the service: they name columns, never a count or a value."""
 
 
 class _Told(Exception):
-    """The message goes to the service. `where` stays here, in the log: a file and a line, but no value either."""
+    """The message goes to the service. `where` stays here, in the log: a file and a line, but no value either.
 
-    def __init__(self, reason: str, *, where: str = "") -> None:
+    `records` is how many records are concerned. Jobs that differ by a category or a share would read records out of
+    such numbers, one by one: they stay in the log, unless the policy lets exact statistics leave.
+    """
+
+    def __init__(self, reason: str, *, where: str = "", records: int | None = None) -> None:
         super().__init__(reason)
-        self.where = where
+        self._where = where
+        self.records = records
+
+    @property
+    def where(self) -> str:
+        """For the log of this worker."""
+        return "; ".join(filter(None, (self._where, self._count())))
+
+    def told(self, counts: bool) -> str:
+        """What the service hears; with the number of records only if `counts`."""
+        return f"{self} ({self._count()})" if counts and self.records is not None else str(self)
+
+    def _count(self) -> str:
+        return "" if self.records is None else f"records: {self.records}"
 
 
 class DataRefused(_Told):

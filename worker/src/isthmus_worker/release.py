@@ -45,6 +45,8 @@ service whose `100 Continue` a killed agent never recorded; other bytes would th
 
 ATTEMPTS: Final = 5
 LONGEST_WAIT_S: Final = 15.0
+LONGEST_PAUSE_S: Final = 300.0
+"""Whatever the service asks for, we look again after so long."""
 
 
 class HandedIn(StrEnum):
@@ -63,10 +65,12 @@ def hand_in(
     service_public_key: str,
     sleep: Sleep = time.sleep,
     on_progress: Callable[[], None] = lambda: None,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> tuple[HandedIn, str]:
     """Have the bytes of `release` admitted, send them and keep the receipt; what became of them, and why.
 
-    A service that cannot be reached is tried again with the same bytes until it answers.
+    A service that cannot be reached is tried again with the same bytes until it answers, or `wanted` says that the
+    task is lost: then they wait for a later offer, or for the next start.
 
     Raises:
         ReceiptInvalid: the receipt was not signed by the pinned key. The bytes are kept.
@@ -89,17 +93,20 @@ def hand_in(
                 progress=lambda _done, _all: on_progress(),
             )
         except (Unreachable, TimedOut) as error:
+            if not wanted():
+                return HandedIn.KEPT, str(error)
             wait_s = backoff_s(attempt)
             log.warning(
                 "upload interrupted", extra={"task": task_id, "reason": str(error), "again_in_s": round(wait_s, 1)}
             )
             sleep(wait_s)
         except Refused as refusal:
-            if not was_unanswered and refusal.code is not ProblemCode.INTERNAL:
+            code = _known(refusal)
+            if not was_unanswered and code is not ProblemCode.INTERNAL:
                 journal.note_asking(release, unanswered=False)
                 release = replace(release, unanswered=False)
-            if refusal.code in PASSING and attempt < ATTEMPTS:
-                sleep(max(backoff_s(attempt), refusal.retry_after_s or 0.0))
+            if code in PASSING and attempt < ATTEMPTS:
+                sleep(min(LONGEST_PAUSE_S, max(backoff_s(attempt), refusal.retry_after_s or 0.0)))
                 continue
             return _refused(journal, release, refusal)
         except BadResponse as error:
@@ -117,13 +124,18 @@ def backoff_s(attempt: int) -> float:
     return full * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
 
 
+def _known(refusal: Refused) -> ProblemCode:
+    """A code that we do not know tells nothing of what the service did: it counts as a failure of its own."""
+    return refusal.code if isinstance(refusal.code, ProblemCode) else ProblemCode.INTERNAL
+
+
 def _refused(journal: Journal, release: Release, refusal: Refused) -> tuple[HandedIn, str]:
     """Only what was prepared and never released may be forgotten, and only where its round is over for us."""
     waits = _state(journal, release) is ReleaseState.PREPARED
     if (
         waits
-        and refusal.code not in LATER | PASSING
-        and journal.give_up(release, str(refusal.code)) is ReleaseState.DISCARDED
+        and (code := _known(refusal)) not in LATER | PASSING
+        and journal.give_up(release, code) is ReleaseState.DISCARDED
     ):
         return HandedIn.DISCARDED, refusal.detail
     return HandedIn.KEPT, refusal.detail
@@ -139,4 +151,4 @@ def _state(journal: Journal, release: Release) -> ReleaseState | None:
     return found.state if found is not None and found.id == release.id else None
 
 
-__all__ = ["ATTEMPTS", "LATER", "PASSING", "HandedIn", "ReceiptInvalid", "backoff_s", "hand_in"]
+__all__ = ["ATTEMPTS", "LATER", "LONGEST_PAUSE_S", "PASSING", "HandedIn", "ReceiptInvalid", "backoff_s", "hand_in"]

@@ -72,6 +72,8 @@ class Policy(_Section):
     """Whether loss, accuracy and AUC may leave un-noised."""
     allow_exact_statistics: bool = False
     """Whether counts, means and variances of columns may leave un-noised."""
+    min_rows: int = Field(default=10, ge=2)
+    """Fewest training records for any task, and fewest held-out ones behind numbers that leave un-noised."""
     min_cohort: int = Field(default=2, ge=2)
     """Fewest updates with which the job may close a round."""
     max_rounds: int = Field(default=1000, ge=1)
@@ -188,6 +190,7 @@ max_clip_norm = 1.0              # or "unbounded"
 min_noise_multiplier = 0.0
 allow_exact_metrics = false      # loss, accuracy and AUC may leave as they are
 allow_exact_statistics = false   # means and variances of columns may leave as they are
+min_rows = 10                    # fewest training records, and held-out ones behind exact numbers
 min_cohort = 3                   # a round must not close with fewer updates than that
 max_rounds = 100
 max_model_bytes = 100_000_000

@@ -16,11 +16,19 @@ from isthmus.privacy.clipping import NonFiniteUpdate
 from isthmus.torch import ArraysMisfit, UnsupportedTensor, load_arrays, to_arrays
 from isthmus.wire.base import digest_of
 from isthmus.wire.manifest import DType, Manifest, update_manifest
-from isthmus.wire.rounds import METRICS_PREFIX, TaskKind, TaskOffer, evaluates_in_round
+from isthmus.wire.rounds import METRICS_PREFIX, STATISTICS_PREFIX, TaskKind, TaskOffer, evaluates_in_round
 from isthmus_worker.data import Table, open_source
 from isthmus_worker.determinism import settle
 from isthmus_worker.evaluation import NotMeasurable, evaluate
-from isthmus_worker.features import Examples, encode_inputs, encode_targets, require_rows, require_two_classes, strata
+from isthmus_worker.features import (
+    Examples,
+    encode_inputs,
+    encode_targets,
+    require_enough_rows,
+    require_rows,
+    require_two_classes,
+    strata,
+)
 from isthmus_worker.measuring import measure_columns
 from isthmus_worker.messages import Done, Work
 from isthmus_worker.modules import module_of
@@ -56,6 +64,7 @@ class Desk:
             self._key, self._split = None, None  # not two datasets in memory at once
             self._split = _load_split(order)
             self._key = key
+        _require_enough(order, len(self._split.training), len(self._split.holdout))
         return self._split
 
     def perform(self, order: Work, tell: Tell) -> Done:
@@ -130,6 +139,7 @@ def _holdout_metrics(model: nn.Module, split: Split, offer: TaskOffer, tell: Tel
 
 def _measure(order: Work) -> Arrays:
     table, _targets, holdout = _load(order)
+    _require_enough(order, int((~holdout).sum()), int(holdout.sum()))
     return measure_columns(table, order.offer.spec.data, ~holdout)
 
 
@@ -140,6 +150,12 @@ def difference(after: Mapping[str, NDArray[Any]], before: Mapping[str, NDArray[A
         for name, spec in update_manifest(model).tensors.items()
         for wide in (np.float64 if spec.dtype is DType.F64 else np.float32,)
     }
+
+
+def _require_enough(order: Work, training: int, holdout: int) -> None:
+    leaving = order.offer.upload_manifest.tensors
+    exact = any(name.startswith((METRICS_PREFIX, STATISTICS_PREFIX)) for name in leaving)
+    require_enough_rows(training, holdout, order.min_rows, exact=exact)
 
 
 def _model(order: Work) -> tuple[nn.Module, Arrays]:

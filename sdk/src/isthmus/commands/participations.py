@@ -21,7 +21,8 @@ Job = Annotated[UUID | None, typer.Option("--job", metavar="JOB_ID", help="Only 
 Note = Annotated[str, typer.Option(help="Why, for the record.")]
 
 OPEN = (ParticipationState.PENDING,)
-ENDABLE = (ParticipationState.PENDING, ParticipationState.APPROVED)
+GRANTABLE = (ParticipationState.PENDING, ParticipationState.EXPIRED, ParticipationState.EXHAUSTED)
+ENDABLE = (ParticipationState.APPROVED, ParticipationState.EXPIRED, ParticipationState.EXHAUSTED)
 
 
 @app.command("list")
@@ -58,7 +59,7 @@ def approve(
     """Grant the use of a dataset."""
     body = ApproveParticipation(purpose=purpose, expires_in_s=expires_in, rounds=rounds)
     with connected(ctx) as at:
-        found = participation_id(at.client, participation, job_id=job, states=OPEN)
+        found = participation_id(at.client, participation, job_id=job, states=GRANTABLE)
         at.show(at.client.participations.approve(found, body), participation_text, as_json)
 
 

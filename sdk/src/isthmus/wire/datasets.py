@@ -10,6 +10,7 @@ from isthmus.wire.base import Finite, Label, Name, Request, Response
 from isthmus.wire.data import DatasetSchema
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.models import ModelKind
+from isthmus.wire.rounds import TaskKind
 
 
 class DatasetState(StrEnum):
@@ -84,7 +85,7 @@ class AnnounceDataset(Request):
 
     data_schema: DatasetSchema
     rows: int = Field(ge=1, le=10**12)
-    task_kinds: tuple[Name, ...] = Field(default=("statistics", "train", "evaluate"), min_length=1, max_length=10)
+    task_kinds: tuple[TaskKind, ...] = Field(default=tuple(TaskKind), min_length=1, max_length=10)
     description: Label = "no description"
 
 

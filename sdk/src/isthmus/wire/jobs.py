@@ -143,8 +143,8 @@ class EvaluationRelease(StrEnum):
 class EvaluationSpec(Request):
     """How models are measured at the sites."""
 
-    holdout: Annotated[Finite, Field(ge=0, lt=1)] = 0.2
-    """Share of each label's rows that is never trained on."""
+    holdout: Annotated[Finite, Field(ge=0, le=0.5)] = 0.2
+    """Share of each label's rows that is never trained on. At most a half: the rest must not be a single record."""
     every: int = Field(default=1, ge=0, le=1_000_000)
     """Measure the round's model at every so many rounds; 0: only the final model is measured."""
     release: EvaluationRelease | None = None

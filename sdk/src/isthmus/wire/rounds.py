@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 from uuid import UUID
 
 from pydantic import ConfigDict, Field, StringConstraints
@@ -12,6 +12,9 @@ from isthmus.wire.data import FeatureStatistics
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.manifest import DType, Manifest, TensorSpec, update_manifest
 
+LARGEST_FENCE: Final = 1 << 53
+Span = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+"""Seconds, as the service tells them to a worker."""
 METRICS_PREFIX = "metrics/"
 STATISTICS_PREFIX = "statistics/"
 
@@ -103,8 +106,8 @@ class ModelReference(Response):
     """Where the round's model is. The address never changes its content."""
 
     url: str
-    digest: str
-    size_bytes: int
+    digest: Digest
+    size_bytes: int = Field(ge=0)
 
 
 class TaskOffer(Response):
@@ -112,14 +115,14 @@ class TaskOffer(Response):
 
     task_id: UUID
     kind: TaskKind
-    fence: int
-    lease_s: float
+    fence: int = Field(ge=1, le=LARGEST_FENCE)
+    lease_s: Span
     """The lease ends so long after this answer unless renewed by heartbeat."""
-    heartbeat_s: float
+    heartbeat_s: Span
     job_id: UUID
     job: str
     spec: JobSpec
-    spec_digest: str
+    spec_digest: Digest
     requested_by: str
     purpose: str
     grant_expires_at: datetime
@@ -127,10 +130,10 @@ class TaskOffer(Response):
     participation_id: UUID
     organization: str
     dataset: str
-    round_number: int
+    round_number: int = Field(ge=0, le=LARGEST_FENCE)
     attempt: int
     closes_at: datetime
-    job_seed: str
+    job_seed: Digest
     """32 bytes in hexadecimal. The task's own seed is derived from it (`isthmus.federation.cohort.round_seed`)."""
     model: ModelReference
     model_manifest: Manifest
