@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.database import advisory_lock, clock
 from app.dependencies import Parts
 from app.models import IdempotencyKey, Round
-from app.participations.service import expire_grant, list_expired, list_stranded, release_stranded
+from app.participations.schedule import expire_grant, list_expired, list_stranded, release_stranded
 from app.queue import AGGREGATE_ROUND, ROUNDS, defer
 from app.retention import EVERY as ORPHANS_EVERY
 from app.retention import collect_orphans

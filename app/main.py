@@ -16,8 +16,8 @@ from app.datasets.router import router as datasets
 from app.dependencies import Parts
 from app.jobs.router import router as jobs
 from app.ledger.router import router as ledger
-from app.meters import Metering, Meters
-from app.middleware import AccessLog, BodyLimit, SecureHeaders
+from app.meters import Meters
+from app.middleware import BodyLimit, Observation, SecureHeaders
 from app.organizations.router import router as organizations
 from app.participations.router import router as participations
 from app.queue import open_queue
@@ -87,8 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.add_middleware(BodyLimit, limit=settings.max_json_bytes)
     app.add_middleware(SecureHeaders)
-    app.add_middleware(Metering, meters=meters)
-    app.add_middleware(AccessLog)
+    app.add_middleware(Observation, meters=meters)
     problems.install(app)
     documentation.install(app)
     app.include_router(health.router)

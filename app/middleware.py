@@ -7,6 +7,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.meters import Meters
 from app.problems import render
 from isthmus.wire.problems import ProblemCode, problem
 from isthmus.wire.version import TENSORS_MEDIA_TYPE
@@ -93,17 +94,18 @@ class SecureHeaders:
         await self._app(scope, receive, headed)
 
 
-class AccessLog:
-    """One line a request: method, path, status, seconds. Never a header, a query or a body."""
+class Observation:
+    """One log line and one count a request: method, path, status, seconds. Never a header, a query or a body."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, meters: Meters) -> None:
         self._app = app
+        self._meters = meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 0
+        began, status = time.perf_counter(), 0  # 0: the client went away before there was an answer
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -114,10 +116,6 @@ class AccessLog:
         try:
             await self._app(scope, receive, noted)
         finally:
-            log.info(
-                "request",
-                method=scope["method"],
-                path=scope["path"],
-                status=status,
-                seconds=round(time.perf_counter() - began, 4),
-            )
+            seconds = time.perf_counter() - began
+            self._meters.answered(scope, status, seconds)
+            log.info("request", method=scope["method"], path=scope["path"], status=status, seconds=round(seconds, 4))

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from procrastinate import App as Queue
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit.service import append, append_all, job_stream
@@ -18,7 +18,7 @@ from app.models import Dataset, Grant, Job, Organization, Participation, Princip
 from app.participations.queries import find_own
 from app.rounds.closing import settle
 from app.rounds.opening import begin_if_enough, number_after
-from app.rounds.queries import find_open_round, get_job, get_round
+from app.rounds.queries import find_open_round, get_job
 from app.wakeups import announce_change
 from isthmus.wire.data import DatasetSchema, misfits
 from isthmus.wire.datasets import DatasetState, UsePolicy, policy_objections
@@ -210,7 +210,7 @@ async def reject(session: AsyncSession, caller: Caller, participation_id: UUID, 
         EventKind.PARTICIPATION_REJECTED,
         at=now,
         actor=caller.name,
-        dataset=await _name(session, participation),
+        dataset=await name_of(session, participation),
         detail=note,
     )
     await announce_change(session, job_id)
@@ -231,16 +231,16 @@ async def withdraw(
     job_id, _ = await find_own(session, caller, participation_id)
     job = await get_job(session, job_id, "update")
     of = await find_open_round(session, job_id, "update")
-    participation = await _lock_with_tasks(session, participation_id)
+    participation = await lock_with_tasks(session, participation_id)
     if participation.state not in (ParticipationState.APPROVED, *RENEWABLE):
         raise StateConflict(f"The participation is {participation.state}; there is no grant to withdraw.")
     now = await clock(session)
-    name = await _name(session, participation)
-    await _end_grant(session, participation, ParticipationState.WITHDRAWN, note, now)
+    name = await name_of(session, participation)
+    await end_grant(session, participation, ParticipationState.WITHDRAWN, note, now)
     deleted: list[str] = []
     if of is not None and of.phase is RoundPhase.COLLECTING:
         deleted = await _exclude(session, job, of, participation, name, now)
-        await _cancel_tasks(session, [participation.id], "The grant was withdrawn.")
+        await cancel_tasks(session, [participation.id], "The grant was withdrawn.")
         await session.flush()
     await append(
         session,
@@ -296,7 +296,8 @@ async def _exclude(
     return [accepted.blob_key]
 
 
-async def _cancel_tasks(session: AsyncSession, participation_ids: Sequence[UUID], detail: str) -> None:
+async def cancel_tasks(session: AsyncSession, participation_ids: Sequence[UUID], detail: str) -> None:
+    """Call off what these participations may still bring in their open round."""
     await session.execute(
         update(Task)
         .where(Task.participation_id.in_(participation_ids), Task.state.in_((*OPEN_TASKS, TaskState.FAILED)))
@@ -304,86 +305,14 @@ async def _cancel_tasks(session: AsyncSession, participation_ids: Sequence[UUID]
     )
 
 
-async def _end_grant(
+async def end_grant(
     session: AsyncSession, participation: Participation, state: ParticipationState, detail: str | None, now: datetime
 ) -> None:
+    """End a participation's grant, and say how."""
     participation.state, participation.detail = state, detail
     await session.execute(
         update(Grant).where(Grant.participation_id == participation.id, Grant.ended_at.is_(None)).values(ended_at=now)
     )
-
-
-async def list_expired(session: AsyncSession) -> Sequence[tuple[UUID, UUID]]:
-    """(job, participation) of grants whose time has passed."""
-    found = await session.execute(
-        select(Participation.job_id, Participation.id)
-        .join(Grant, Grant.participation_id == Participation.id)
-        .where(Grant.ended_at.is_(None), Grant.expires_at <= func.clock_timestamp())
-        .order_by(Participation.job_id, Participation.id)
-    )
-    return [(job_id, participation_id) for job_id, participation_id in found]
-
-
-async def expire_grant(session: AsyncSession, queue: Queue, job_id: UUID, participation_id: UUID) -> None:
-    """End a grant whose time has passed: its open tasks are cancelled; updates that came in time stay."""
-    job = await get_job(session, job_id, "update")
-    of = await find_open_round(session, job_id, "update")
-    participation = await _lock_with_tasks(session, participation_id)
-    now = await clock(session)
-    if participation.state is not ParticipationState.APPROVED:
-        await _end_grant(session, participation, participation.state, participation.detail, now)
-        return
-    name = await _name(session, participation)
-    await _end_grant(session, participation, ParticipationState.EXPIRED, "The grant's time has passed.", now)
-    await _cancel_tasks(session, [participation.id], "The grant has expired.")
-    await append(session, job_stream(job_id), EventKind.PARTICIPATION_EXPIRED, at=now, dataset=name)
-    if of is not None and job.state in (JobState.RUNNING, JobState.PAUSED):
-        await session.flush()
-        await settle(session, queue, job, of, now)
-    await announce_change(session, job_id)
-
-
-def _stranded() -> ColumnElement[bool]:
-    """Of a task joined with its dataset and worker: nobody can, or may, bring its update any more."""
-    return (Worker.revoked_at.is_not(None)) | (Dataset.state != DatasetState.CONFIRMED)
-
-
-async def list_stranded(session: AsyncSession) -> Sequence[tuple[UUID, UUID]]:
-    """(job, round) with open tasks of revoked workers, or of datasets that are not confirmed any more."""
-    found = await session.execute(
-        select(Task.job_id, Task.round_id)
-        .join(Worker, Worker.id == Task.worker_id)
-        .join(Participation, Participation.id == Task.participation_id)
-        .join(Dataset, Dataset.id == Participation.dataset_id)
-        .where(Task.state.in_(OPEN_TASKS), _stranded())
-        .distinct()
-    )
-    return [(job_id, round_id) for job_id, round_id in found]
-
-
-async def release_stranded(session: AsyncSession, queue: Queue, job_id: UUID, round_id: UUID) -> None:
-    """Cancel tasks of revoked workers and of datasets that are not confirmed: the round goes on without them."""
-    job = await get_job(session, job_id, "update")
-    of = await get_round(session, round_id, "update")
-    stranded = (
-        select(Task.id)
-        .join(Worker, Worker.id == Task.worker_id)
-        .join(Participation, Participation.id == Task.participation_id)
-        .join(Dataset, Dataset.id == Participation.dataset_id)
-        .where(Task.round_id == round_id, Task.state.in_(OPEN_TASKS), _stranded())
-    )
-    await session.execute(
-        update(Task)
-        .where(Task.id.in_(stranded))
-        .values(
-            state=TaskState.CANCELLED,
-            detail="The worker was revoked, or the dataset is not confirmed any more.",
-            lease_expires_at=None,
-        )
-    )
-    if job.state in (JobState.RUNNING, JobState.PAUSED):
-        await settle(session, queue, job, of, await clock(session))
-    await announce_change(session, job_id)
 
 
 async def _lock(session: AsyncSession, participation_id: UUID) -> Participation:
@@ -396,7 +325,7 @@ async def _lock(session: AsyncSession, participation_id: UUID) -> Participation:
     return found.one()
 
 
-async def _lock_with_tasks(session: AsyncSession, participation_id: UUID) -> Participation:
+async def lock_with_tasks(session: AsyncSession, participation_id: UUID) -> Participation:
     """The participation's open tasks, then itself: the order of the house."""
     await session.execute(
         select(Task.id)
@@ -412,7 +341,8 @@ async def _find_grant(session: AsyncSession, participation_id: UUID) -> Grant | 
     return found.one_or_none()
 
 
-async def _name(session: AsyncSession, participation: Participation) -> str:
+async def name_of(session: AsyncSession, participation: Participation) -> str:
+    """`organization/dataset`, as events tell of it."""
     row = await session.execute(
         select(Organization.name, Dataset.name)
         .join(Organization, Organization.id == Dataset.organization_id)
