@@ -116,21 +116,22 @@ def test_an_agent_whose_own_policy_says_no_refuses_whatever_the_service_says(dat
 
 
 def test_noise_and_clipping_are_the_worker_s_and_the_ledger_names_them(three: Island) -> None:
-    for agent in three.agents:
-        agent.stop()
-    job = three.submit(job_spec(rounds=2, privacy={"clip_norm": 0.05, "noise_multiplier": 0.0}))
-    for agent in three.agents:
-        agent.start()
-    done = three.finish(job)
-    assert done.state is JobState.COMPLETED, done.detail
     assert three.researcher is not None
-    norms = [update.l2_norm for update in three.researcher.jobs.round(job.id, 1).updates]
-    assert norms == pytest.approx([0.05] * 3, rel=1e-4), "all of them are clipped"
-    steward = three.stewards[0]
-    entries = list(steward.datasets.ledger(next(iter(steward.datasets.list())).id))
-    assert [(entry.release, entry.clip_norm) for entry in entries] == [
-        ("statistics", None), ("train", 0.05), ("train", 0.05), ("evaluate", None),
-    ]  # fmt: skip
+    elements = 5 * 4 + 4 + 4 * 2 + 2
+    for noise, expected in ((0.0, pytest.approx(0.05, rel=1e-4)), (1.0, pytest.approx(0.05 * elements**0.5, rel=0.6))):
+        spec = job_spec(rounds=2, privacy={"clip_norm": 0.05, "noise_multiplier": noise})
+        job = three.finish(three.submit(spec))
+        assert job.state is JobState.COMPLETED, job.detail
+
+        updates = [update for number in (1, 2) for update in three.researcher.jobs.round(job.id, number).updates]
+        assert [update.l2_norm for update in updates] == [expected] * 6
+        assert len({update.digest for update in updates}) == 6
+        for steward in three.stewards:
+            dataset = next(iter(steward.datasets.list()))
+            entries = [entry for entry in steward.datasets.ledger(dataset.id) if entry.job_id == job.id]
+            assert [(entry.release, entry.clip_norm, entry.noise_multiplier) for entry in entries] == [
+                ("statistics", None, 0.0), ("train", 0.05, noise), ("train", 0.05, noise), ("evaluate", None, 0.0),
+            ]  # fmt: skip
 
 
 def test_the_published_model_is_plain_safetensors(three: Island, tmp_path: Path) -> None:

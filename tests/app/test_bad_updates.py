@@ -1,5 +1,6 @@
 """Bad updates: each is a clear refusal, and the job goes on as if it had not come."""
 
+import copy
 import hashlib
 import io
 import json
@@ -585,3 +586,40 @@ def test_a_lease_that_has_passed_but_was_not_taken_is_still_good(make_federation
         assert site.hand_in(offer, filled(1.0)).task_id == offer.task_id
 
     assert federation.researcher.jobs.round(job.id, 1).accepted == 3
+
+
+# --- Keys -------------------------------------------------------------------------------------------------------------
+
+KEYS = {
+    "revoked": ("revoked_at = clock_timestamp()", ProblemCode.KEY_REVOKED, "was revoked"),
+    "expired": ("expires_at = clock_timestamp()", ProblemCode.KEY_EXPIRED, "has expired"),
+    "without-its-scope": ("scopes = ARRAY['jobs:read']", ProblemCode.FORBIDDEN, "scope `tasks`; yours has jobs:read"),
+}
+
+
+@pytest.mark.parametrize("late", ["the-others-complete", "a-fresh-key-completes"])
+@pytest.mark.parametrize(("spoiled", "code", "words"), KEYS.values(), ids=KEYS)
+def test_a_key_that_is_good_no_more_hands_nothing_in(
+    standing: Federation, spoiled: str, code: ProblemCode, words: str, late: str
+) -> None:
+    """The key that claimed is spoiled, and hands in; the worker has rotated it, so that its successor is good."""
+    job = standing.start()
+    offers = claim_all(standing)
+    site = copy.copy(standing.sites[1])
+    key_id = site.worker.me().key_id
+    standing.sites[1].worker = standing.platform.client(site.worker.keys.rotate(key_id).key)
+    standing.platform.execute(f"UPDATE api_keys SET {spoiled} WHERE id = %s", [key_id])
+
+    problem = assert_problem(put_update(standing, site, offers[1], GOOD), code)
+
+    assert words in problem.detail
+    assert entries_of(standing, site, offers[1]) == []
+    assert not leftovers(standing)
+    assert standing.sites[1].worker.tasks.get(offers[1].task_id).state is TaskState.CLAIMED
+    if late == "a-fresh-key-completes":
+        assert_goes_on(standing, job, offers)
+        assert len(entries_of(standing, site, offers[1])) == 1
+    else:
+        standing.sites[1].fail(offers[1])
+        assert_goes_on(standing, job, offers, without=1)
+        assert entries_of(standing, site, offers[1]) == []

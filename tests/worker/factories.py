@@ -55,6 +55,7 @@ OPEN_POLICY: Mapping[str, Any] = {
     "max_clip_norm": "unbounded",
     "allow_exact_metrics": True,
     "allow_exact_statistics": True,
+    "min_rows": 5,
 }
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import isthmus_worker.preflight
 from isthmus.wire.problems import ProblemCode
 from isthmus_worker.__main__ import app
+from isthmus_worker.journal import Journal
 from isthmus_worker.settings import EXAMPLE
 from isthmus_worker.state import StateDir
 from tests.worker.conftest import credentials_for
@@ -147,6 +148,23 @@ def test_enrolment_keeps_its_secrets_for_the_owner_and_happens_once(config: Path
     assert (state.root / "credentials.json").stat().st_mode & 0o777 == 0o600
 
 
+def test_enrolling_again_replaces_the_key_and_keeps_the_account_of_what_left(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("iet_token\n")
+    arguments = ["enroll", "--config", str(config), "--token-file", str(tmp_path / "token"), "--name"]
+    CliRunner().invoke(app, [*arguments, "ward-3"])
+    state = StateDir(tmp_path / "state")
+    Journal.open(state).close()
+    kept = state.holdout_key(), state.journal.read_bytes()
+    identity = state.identity().private_bytes_raw()
+
+    again = CliRunner().invoke(app, [*arguments, "ward-4", "--again"])
+
+    assert again.exit_code == 0, again.output
+    assert state.credentials().worker == "ward-4"
+    assert state.identity().private_bytes_raw() != identity  # the service enrols no public key twice
+    assert (state.holdout_key(), state.journal.read_bytes()) == kept
+
+
 def test_status_tells_who_and_what_without_the_key(enrolled: Path) -> None:
     found = CliRunner().invoke(app, ["status", "--config", str(enrolled), "--json"])
 
@@ -173,7 +191,7 @@ def test_preflight_looks_at_everything_and_fails_where_something_is_wrong(
     ):
         assert words in good.output
     assert bad.exit_code == 1
-    assert "✗ dataset patients: 1 records" in bad.output
+    assert "✗ dataset patients: Some records" in bad.output
 
 
 def test_a_configuration_that_is_wrong_is_named_on_every_command(tmp_path: Path) -> None:

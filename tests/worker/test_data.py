@@ -50,7 +50,7 @@ def test_texts_that_mean_not_recorded_can_be_named(tmp_path: Path) -> None:
         ("a,b,a\n1,2,3\n", "names a column twice", ":1"),
         ("63,secret,1\n41,secret,0\n", "looks like a record", ":1"),
         ("a,b\n", "no records", ""),
-        ("a,b\n1,secret\n1,secret,3\n1\n", "2 records of the dataset have more or fewer values", ":3"),
+        ("a,b\n1,secret\n1,secret,3\n1\n", "Some records of the dataset have more or fewer values", ":3"),
         ('a,b\n1,"secret"x\n', "not well-formed CSV", ":2"),
         (b"a,b\n1,secret\xff\n", "not UTF-8", ""),
     ],

@@ -7,7 +7,13 @@ import pytest
 
 from isthmus.wire.data import DataSpec, FeatureStatistics
 from isthmus_worker.data import Cell, Table, fingerprint
-from isthmus_worker.features import encode_inputs, encode_targets, number_column, require_two_classes
+from isthmus_worker.features import (
+    encode_inputs,
+    encode_targets,
+    number_column,
+    require_enough_rows,
+    require_two_classes,
+)
 from isthmus_worker.measuring import measure_columns
 from isthmus_worker.refusals import DataRefused
 from isthmus_worker.splitting import held_out
@@ -62,11 +68,10 @@ def test_without_standardization_numbers_enter_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("feature", "cells", "complaint"),
     [
-        ({"name": "a"}, ["1", "secret"], "Column 'a' must hold numbers; 1 records"),
-        ({"name": "a"}, ["1", None], "Column 'a' has 1 missing values"),
-        ({"name": "a"}, ["1", "1e300"], "Column 'a' holds numbers too large"),
+        ({"name": "a"}, ["1", "secret"], "Column 'a' must hold numbers; some records"),
+        ({"name": "a"}, ["1", None], "Column 'a' has missing values in some records"),
         ({"name": "a", "categories": ["x"]}, ["x", "secret"], "Column 'a' holds a category that the job does not list"),
-        ({"name": "a", "categories": ["x"]}, ["x", None], "Column 'a' has 1 missing values"),
+        ({"name": "a", "categories": ["x"]}, ["x", None], "Column 'a' has missing values in some records"),
         ({"name": "b"}, ["1", "2"], "no column 'b'"),
     ],
 )
@@ -77,6 +82,48 @@ def test_a_column_that_does_not_fit_is_named_without_a_value(
         encode_inputs(_table(a=cells, y=[0, 1]), _data(feature, standardize="none"), None)
 
     assert "secret" not in str(refusal.value)
+    assert not any(digit in refusal.value.told(counts=False) for digit in "0123456789")
+
+
+def test_how_many_records_are_concerned_stays_in_the_log_unless_counts_may_leave() -> None:
+    refusal = DataRefused("Some records lack 'a'.", where="file:7", records=3)
+
+    assert refusal.told(counts=False) == "Some records lack 'a'."
+    assert refusal.told(counts=True) == "Some records lack 'a'. (records: 3)"
+    assert refusal.where == "file:7; records: 3"
+
+
+@pytest.mark.parametrize("variance", [1e-20, 0.0, 1.0])
+def test_numbers_beyond_float32_saturate_so_that_no_refusal_tells_where_they_lie(variance: float) -> None:
+    table = _table(a=["1", "1e300", "-1e308"], y=[0, 1, 0])
+
+    inputs = encode_inputs(table, _data({"name": "a"}), _statistics(a=(1.0, variance)))
+
+    largest = np.finfo(np.float32).max
+    assert inputs[:, 0].tolist() == [0.0, largest, -largest]
+
+
+@pytest.mark.parametrize(
+    ("training", "holdout", "exact", "word"),
+    [
+        (10, 10, True, ""),
+        (10, 0, True, ""),
+        (10, 1, False, ""),
+        (9, 20, False, "training"),
+        (50, 9, True, "held-out"),
+        (50, 1, True, "held-out"),
+    ],
+)
+def test_no_share_leaves_single_records_in_a_part_of_which_numbers_leave(
+    training: int, holdout: int, exact: bool, word: str
+) -> None:
+    if not word:
+        require_enough_rows(training, holdout, 10, exact=exact)
+        return
+    with pytest.raises(DataRefused, match=f"min_rows: fewer {word}") as refusal:
+        require_enough_rows(training, holdout, 10, exact=exact)
+
+    assert not any(digit in refusal.value.told(counts=True) for digit in "0123456789")
 
 
 def test_targets_are_whole_numbers_or_labels_in_their_order() -> None:
@@ -90,7 +137,8 @@ def test_targets_are_whole_numbers_or_labels_in_their_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cells", "complaint"), [(["2"], "0 to 1"), (["0.5"], "0 to 1"), (["secret"], "0 to 1"), ([None], "missing in 1")]
+    ("cells", "complaint"),
+    [(["2"], "0 to 1"), (["0.5"], "0 to 1"), (["secret"], "0 to 1"), ([None], "missing in some")],
 )
 def test_a_target_that_does_not_fit_is_named_without_a_value(cells: list[Cell], complaint: str) -> None:
     with pytest.raises(DataRefused, match=f"'y'.*{complaint}") as refusal:

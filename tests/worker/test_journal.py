@@ -16,10 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import isthmus_worker.journal as journal_module
 from isthmus.client import Client, Refused, Unreachable
-from isthmus.wire.problems import ProblemCode, problem
+from isthmus.wire.problems import Problem, ProblemCode, problem
 from isthmus.wire.rounds import TaskOffer, UpdateReceipt, receipt_bytes
 from isthmus_worker.journal import BytesDamaged, Journal, Release, ReleaseState, TransitionRefused, key_of
-from isthmus_worker.release import HandedIn, hand_in
+from isthmus_worker.release import ATTEMPTS, LONGEST_PAUSE_S, HandedIn, hand_in
 from isthmus_worker.state import StateDir, StateInUse
 from tests.worker.factories import make_offer
 from tests.worker.fake_service import NOW
@@ -82,7 +82,7 @@ def _live(folder: Path) -> None:
     journal = Journal.open(state)
     client = cast(Client, SimpleNamespace(tasks=Desk(folder)))
     journal.recover()
-    for left in journal.open_releases():
+    for left in journal.unsettled():
         hand_in(client, journal, left, service_public_key=PINNED)
     release = journal.find(key_of(OFFER)) or _prepare(journal, state, os.urandom(32))
     if release.path is not None:
@@ -221,8 +221,10 @@ class Moody:
         return self._desk.submit_update(task_id, path, **more)
 
 
-def _refused(code: ProblemCode) -> Refused:
-    return Refused(problem(code, "because"))
+def _refused(code: ProblemCode | str, retry_after_s: float | None = None) -> Refused:
+    if isinstance(code, ProblemCode):
+        return Refused(problem(code, "because"), retry_after_s=retry_after_s)
+    return Refused(Problem(type="?", code=code, status=409, title="?", detail="because"), retry_after_s=retry_after_s)
 
 
 @pytest.mark.parametrize(
@@ -233,19 +235,21 @@ def _refused(code: ProblemCode) -> Refused:
         (ProblemCode.TASK_NOT_OPEN, False, ReleaseState.DISCARDED),
         (ProblemCode.UPDATE_CONFLICT, False, ReleaseState.DISCARDED),
         (ProblemCode.LEASE_LOST, False, ReleaseState.PREPARED),
+        ("made-up-tomorrow", False, ReleaseState.PREPARED),
         (ProblemCode.KEY_REVOKED, False, ReleaseState.PREPARED),
         (ProblemCode.ROUND_NOT_COLLECTING, True, ReleaseState.RELEASED),
         (ProblemCode.NON_FINITE, True, ReleaseState.RELEASED),
     ],
 )
 def test_only_what_was_never_admitted_is_discarded(
-    state: StateDir, tmp_path: Path, code: ProblemCode, admitted: bool, becomes: ReleaseState
+    state: StateDir, tmp_path: Path, code: ProblemCode | str, admitted: bool, becomes: ReleaseState
 ) -> None:
     journal = Journal.open(state)
     release = _prepare(journal, state)
-    client = cast(Client, SimpleNamespace(tasks=Moody(Desk(tmp_path), _refused(code), admits=admitted)))
+    moods = [_refused(code) for _ in range(ATTEMPTS)]
+    client = cast(Client, SimpleNamespace(tasks=Moody(Desk(tmp_path), *moods, admits=admitted)))
 
-    hand_in(client, journal, release, service_public_key=PINNED)
+    hand_in(client, journal, release, service_public_key=PINNED, sleep=lambda _s: None)
 
     assert journal.counts()[becomes] == 1
     assert bool(list(state.releases.iterdir())) == (becomes is not ReleaseState.DISCARDED)
@@ -306,6 +310,106 @@ def test_no_more_rounds_are_released_than_the_grant_and_the_policy_say(journal: 
     assert "at most 2 pass" in journal.ledger_objections(third.model_copy(update={"grant_rounds": 2}), 3)[0]
     assert journal.ledger_objections(make_offer(number=2), 2) == []  # the same round again
     assert journal.ledger_objections(make_offer(number=4), 2) == []  # evaluation is no training round
+
+
+def test_a_code_that_nobody_knows_is_tried_again_and_leaves_the_admission_unanswered(
+    journal: Journal, state: StateDir, tmp_path: Path
+) -> None:
+    tasks = Moody(Desk(tmp_path), *[_refused("made-up-tomorrow") for _ in range(ATTEMPTS)])
+    release = _prepare(journal, state)
+
+    outcome, _ = hand_in(
+        cast(Client, SimpleNamespace(tasks=tasks)), journal, release, service_public_key=PINNED, sleep=lambda _s: None
+    )
+
+    assert (outcome, tasks.calls) == (HandedIn.KEPT, ATTEMPTS)
+    assert [one.unanswered for one in journal.unsettled()] == [True]
+
+
+def test_whatever_the_service_asks_for_the_pause_has_a_bound(journal: Journal, state: StateDir, tmp_path: Path) -> None:
+    tasks, waits = Moody(Desk(tmp_path), _refused(ProblemCode.NOT_READY, retry_after_s=1e9)), list[float]()
+
+    hand_in(
+        cast(Client, SimpleNamespace(tasks=tasks)), journal, _prepare(journal, state), service_public_key=PINNED,
+        sleep=waits.append,
+    )  # fmt: skip
+
+    assert waits == [LONGEST_PAUSE_S]
+
+
+def test_a_service_that_cannot_be_reached_is_left_alone_once_the_task_is_lost(
+    journal: Journal, state: StateDir, tmp_path: Path
+) -> None:
+    tasks = Moody(Desk(tmp_path), *[Unreachable("there", "down") for _ in range(9)])
+    wanted = iter([True, True, False])
+
+    outcome, _ = hand_in(
+        cast(Client, SimpleNamespace(tasks=tasks)), journal, _prepare(journal, state), service_public_key=PINNED,
+        sleep=lambda _s: None, wanted=lambda: next(wanted),
+    )  # fmt: skip
+
+    assert (outcome, tasks.calls) == (HandedIn.KEPT, 3)
+    assert journal.unsettled()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"job_id": UUID(int=8)}, "job_id"),
+        ({"dataset": "others"}, "dataset"),
+        ({"spec_digest": "ab" * 32}, "spec_digest"),
+        ({"job_seed": "ab" * 32}, "job_seed"),
+        ({"participation_id": UUID(int=9)}, "another participation"),
+    ],
+)
+def test_a_participation_stays_what_it_was_when_it_was_first_seen(
+    journal: Journal, change: dict[str, Any], word: str
+) -> None:
+    assert journal.ledger_objections(OFFER, 9) == []
+    journal.pin(OFFER)
+
+    assert journal.ledger_objections(OFFER, 9) == []
+    assert word in journal.ledger_objections(OFFER.model_copy(update=change), 9)[0]
+
+
+def test_the_statistics_of_a_participation_become_known_once(journal: Journal) -> None:
+    statistics = OFFER.statistics
+    assert statistics is not None
+    other = OFFER.model_copy(update={"statistics": statistics.model_copy(update={"mean": [1.0, 2.0]})})
+    journal.pin(make_offer(number=0))
+    assert journal.ledger_objections(other, 9) == []
+    journal.pin(OFFER)
+    journal.pin(make_offer(number=0))  # says nothing of statistics, and forgets none
+
+    assert journal.ledger_objections(OFFER, 9) == []
+    assert "statistics" in journal.ledger_objections(other, 9)[0]
+
+
+@pytest.mark.parametrize("number", [0, 4])
+def test_statistics_and_the_final_evaluation_are_released_once(journal: Journal, state: StateDir, number: int) -> None:
+    once = make_offer(number=number)
+    journal.mark_released(_prepare(journal, state, offer=once))
+
+    again = once.model_copy(update={"round_number": 7})
+    assert "there is one in a job" in journal.ledger_objections(again, 9)[0]
+    assert journal.ledger_objections(once, 9) == []
+
+
+def test_a_release_that_may_have_been_admitted_counts_as_spent_and_one_that_was_only_prepared_does_not(
+    journal: Journal, state: StateDir
+) -> None:
+    release = _prepare(journal, state)
+    other = OFFER.model_copy(update={"model": OFFER.model.model_copy(update={"digest": "ab" * 32})})
+    assert (journal.unsettled(), journal.ledger_objections(other, 9), journal.spends()) == ([], [], [])
+
+    journal.note_asking(release, unanswered=True)
+
+    assert [one.id for one in journal.unsettled()] == [release.id]
+    assert "another model" in journal.ledger_objections(other, 9)[0]
+    assert journal.spends() == [
+        {"job": "heart", "dataset": "patients", "kind": "train", "clip_norm": None, "noise_multiplier": 0.0,
+         "releases": 1}
+    ]  # fmt: skip
 
 
 def test_files_without_a_row_are_removed_at_the_start(journal: Journal, state: StateDir) -> None:

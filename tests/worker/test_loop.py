@@ -1,13 +1,18 @@
 """The agent against a service of moods, with a real training process."""
 
+import time
 from pathlib import Path
+from uuid import UUID
 
 import numpy as np
 import pytest
 
+from isthmus.client import Refused
 from isthmus.codec.arrays import decode
-from isthmus.wire.problems import ProblemCode
+from isthmus.wire.problems import ProblemCode, problem
+from isthmus_worker.heart import Heart
 from isthmus_worker.loop import Agent, KeyRefused, NothingToServe, Outcome
+from isthmus_worker.release import LONGEST_PAUSE_S
 from isthmus_worker.trainer import Trainer
 from tests.worker.factories import make_offer, make_spec
 from tests.worker.fake_service import FakeService
@@ -66,6 +71,110 @@ def test_data_that_does_not_fit_is_refused_by_column_and_without_values(
     assert "unicorn" not in service.refused[0]
 
 
+def test_the_number_of_records_is_not_told_where_exact_statistics_may_not_leave(
+    agent: Agent, service: FakeService, tmp_path: Path
+) -> None:
+    policy = agent.settings.policy.model_copy(update={"allow_exact_statistics": False})
+    agent.settings = agent.settings.model_copy(update={"policy": policy})
+    file = tmp_path / "patients.csv"
+    file.write_text(file.read_text().replace("F,", "unicorn,", 3))
+    plain = make_spec(
+        data={"task": "classification", "target": "ill", "classes": 2,
+              "features": ["age", {"name": "sex", "categories": ["F", "M"]}]},
+        model={"layers": [{"linear": {"in": 3, "out": 2}}]},
+    )  # fmt: skip
+    service.offer(make_offer(plain))
+
+    assert agent.step() is Outcome.REFUSED
+
+    assert "'sex' holds a category" in service.refused[0]
+    assert not any(digit in service.refused[0] for digit in "0123456789")
+
+
+@pytest.mark.parametrize(("number", "min_rows", "word"), [(1, 34, "training"), (0, 8, "held-out"), (4, 8, "held-out")])
+def test_too_few_records_in_a_part_are_refused_by_local_policy(
+    agent: Agent, service: FakeService, number: int, min_rows: int, word: str
+) -> None:
+    policy = agent.settings.policy.model_copy(update={"min_rows": min_rows})
+    agent.settings = agent.settings.model_copy(update={"policy": policy})
+    service.offer(make_offer(number=number))
+
+    assert agent.step() is Outcome.REFUSED
+
+    assert f"min_rows: fewer {word} records" in service.refused[0]
+    assert service.updates == {}
+
+
+def test_what_was_only_prepared_waits_for_its_offer_and_todays_policy(agent: Agent, service: FakeService) -> None:
+    service.admission = ProblemCode.LEASE_LOST
+    service.offer(make_offer())
+    assert agent.step() is Outcome.KEPT
+    service.admission = None
+
+    agent.settle()
+    assert service.admitted == []
+
+    policy = agent.settings.policy.model_copy(update={"principals": ()})
+    agent.settings = agent.settings.model_copy(update={"policy": policy})
+    service.offer(make_offer(number=2))  # refused: it retires nothing
+    assert agent.step() is Outcome.REFUSED
+    assert agent.journal.counts()["prepared"] == 1
+
+
+def test_the_same_records_are_not_offered_anew_under_another_participation(agent: Agent, service: FakeService) -> None:
+    service.offer(make_offer())
+    assert agent.step() is Outcome.SUBMITTED
+    service.offer(make_offer().model_copy(update={"participation_id": UUID(int=99)}))
+
+    assert agent.step() is Outcome.REFUSED
+
+    assert "another participation" in service.refused[0]
+
+
+@pytest.mark.parametrize("error", [ValueError("patient 4711"), OverflowError("patient 4711")])
+def test_what_no_check_foresaw_fails_the_task_and_not_the_agent(
+    agent: Agent, service: FakeService, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(agent.journal, "pin", broken)
+    service.offer(make_offer())
+
+    assert agent.step() is Outcome.FAILED
+
+    assert service.failed == [f"An unexpected {type(error).__name__} ended the task."]
+
+
+def test_a_heart_that_beats_for_nothing_stops_for_good(agent: Agent, service: FakeService) -> None:
+    with Heart(agent.client, make_offer(heartbeat_s=0.1), max_silence_s=0.15) as heart:
+        until = time.monotonic() + 5
+        while heart.lost is None and time.monotonic() < until:
+            time.sleep(0.01)
+        beats = len(service.heartbeats)
+        heart.alive(0.5)
+        time.sleep(0.3)
+
+    assert heart.lost is not None
+    assert "no sign of life" in heart.lost
+    assert len(service.heartbeats) == beats
+
+
+def test_whatever_the_service_asks_for_the_agent_looks_again(agent: Agent) -> None:
+    waits: list[float] = []
+    agent.sleep = waits.append
+    busy = Refused(problem(ProblemCode.NOT_READY, "because"), retry_after_s=1e9)
+    answers = iter([busy, None])
+
+    def call() -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    agent._patiently(call)
+
+    assert waits == [LONGEST_PAUSE_S]
+
+
 def test_an_upload_that_is_cut_is_repeated_with_the_same_bytes(agent: Agent, service: FakeService) -> None:
     spec = make_spec(privacy={"clip_norm": 1.0, "noise_multiplier": 1.0})
     service.cut_uploads = 2
@@ -85,7 +194,7 @@ def test_a_lease_lost_before_admission_keeps_the_bytes_for_the_next_offer_of_the
     service.admission = ProblemCode.LEASE_LOST
     service.offer(make_offer(spec))
     assert agent.step() is Outcome.KEPT
-    prepared = agent.journal.open_releases()[0].digest
+    prepared = agent.journal._releases("state = 'prepared'")[0].digest
 
     service.admission = None
     again = make_offer(spec, fence=2, attempt=2)

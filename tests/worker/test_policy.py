@@ -1,5 +1,6 @@
 """The organization's own rules, and offers that contradict themselves."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,14 @@ def test_what_an_honest_service_offers_agrees_with_itself(number: int) -> None:
     assert _contradictions(make_offer(number=number)) == []
 
 
+def test_a_column_that_is_constant_over_all_sites_is_no_lie() -> None:
+    offer = make_offer()
+    assert offer.statistics is not None
+    constant = offer.statistics.model_copy(update={"variance": [0.0, 1.0]})
+
+    assert _contradictions(offer.model_copy(update={"statistics": constant})) == []
+
+
 @pytest.mark.parametrize(
     ("lie", "word"),
     [
@@ -103,6 +112,10 @@ def test_what_an_honest_service_offers_agrees_with_itself(number: int) -> None:
         (lambda offer: {"statistics": None}, "statistics"),
         (lambda offer: {"statistics": offer.statistics.model_copy(update={"names": ["age", "ill"]})}, "statistics"),
         (lambda offer: {"statistics": offer.statistics.model_copy(update={"variance": [-1.0, 1.0]})}, "statistics"),
+        (lambda offer: {"statistics": offer.statistics.model_copy(update={"variance": [1e-25, 1.0]})}, "no records"),
+        (lambda offer: {"statistics": offer.statistics.model_copy(update={"variance": [1e-23, 1.0]})}, "no records"),
+        (lambda offer: {"statistics": offer.statistics.model_copy(update={"variance": [math.inf, 1.0]})}, "no records"),
+        (lambda offer: {"statistics": offer.statistics.model_copy(update={"mean": [1.0, math.nan]})}, "no records"),
     ],
 )
 def test_a_lie_in_an_offer_is_found(lie: Callable[[TaskOffer], dict[str, Any]], word: str) -> None:

@@ -47,6 +47,23 @@ def _trained(training: dict[str, Any] = SGD, seed: str = SEED, rows: int = 21, m
     return to_arrays(module)
 
 
+class InPlace(torch.nn.Module):
+    """A model that works in the batch that it is given."""
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Two columns of it, doubled."""
+        return batch.mul_(2)[:, :2]
+
+
+def test_measuring_leaves_the_records_as_they_are_whatever_the_model_does() -> None:
+    data = DataSpec.model_validate({"task": "classification", "features": ["a", "b", "c"], "target": "y", "classes": 2})
+    examples, untouched = _examples(), _examples()
+
+    evaluate(InPlace(), examples, data, "cross_entropy", lambda: None)
+
+    assert np.array_equal(examples.inputs, untouched.inputs)
+
+
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one[name].tobytes() == other[name].tobytes() for name in one)
 
@@ -89,7 +106,7 @@ def test_a_last_batch_of_one_is_left_out_where_it_cannot_be_normalized() -> None
 
 
 def test_no_rows_are_refused() -> None:
-    with pytest.raises(DataRefused, match="0 records"):
+    with pytest.raises(DataRefused, match="Too few records"):
         _trained(rows=0)
 
 

@@ -40,6 +40,9 @@ def enroll(
     ] = None,
     url: Annotated[str | None, typer.Option(help="The service; by default the configuration's service_url.")] = None,
     name: Annotated[str | None, typer.Option(help="What to call this worker; by default the machine's name.")] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Replace key and credentials; the journal and the hold-out key stay.")
+    ] = False,
     config: Config = _DEFAULT,
 ) -> None:
     """Introduce this worker to the service, once. Its keys go to the state directory, for its owner's eyes only."""
@@ -50,9 +53,13 @@ def enroll(
         _give_up("Give the token either by --token-file or by --token.")
     secret = token if token is not None else _text_of(token_file)
     state = StateDir.open(settings.state_dir)
-    if state.is_enrolled():
-        _give_up(f"{state.root}: this worker is enrolled already, as {state.credentials().worker}.")
-    public_key = state.identity().public_key().public_bytes_raw().hex()
+    if state.is_enrolled() and not again:
+        _give_up(
+            f"{state.root}: this worker is enrolled already, as {state.credentials().worker}. "
+            "With a new token, --again enrols it anew and keeps its journal."
+        )
+    identity = state.renew_identity() if again else state.identity()
+    public_key = identity.public_key().public_bytes_raw().hex()
     try:
         body = EnrollWorker(token=secret.strip(), name=name or _machine_name(), public_key=public_key, version=VERSION)
         with connect(settings, None) as client:
@@ -151,11 +158,11 @@ def _status(settings: Settings, state: StateDir) -> dict[str, Any]:
         who = state.credentials()
     except NotEnrolled:
         who = None
-    counts, measured = dict[str, int](), 0
+    counts, spends, measured = dict[str, int](), list[dict[str, Any]](), 0
     if state.journal.exists():
         try:
             journal = Journal.look_into(state)
-            counts, measured = journal.counts(), len(journal.results())
+            counts, spends, measured = journal.counts(), journal.spends(), len(journal.results())
             journal.close()
         except sqlite3.OperationalError as error:
             _give_up(f"{state.journal}: {error}")
@@ -167,6 +174,7 @@ def _status(settings: Settings, state: StateDir) -> dict[str, Any]:
         "enrolled": who.model_dump(exclude={"api_key"}) if who is not None else None,
         "datasets": [dataset.name for dataset in settings.datasets],
         "releases": counts,
+        "spends": spends,
         "results": measured,
         "last_contact": at,
     }

@@ -146,11 +146,14 @@ def require_enough_rows(training: int, holdout: int, fewest: int, *, exact: bool
         DataRefused: too few. The text holds none of the numbers.
     """
     if training < fewest:
-        raise DataRefused("min_rows: fewer training records than this worker's policy asks for.", where=str(training))
+        raise DataRefused(
+            "min_rows: fewer training records than this worker's policy asks for.",
+            where=f"training records: {training}",
+        )
     if exact and 0 < holdout < fewest:
         raise DataRefused(
             "min_rows: fewer held-out records than this worker's policy asks for where exact numbers leave.",
-            where=str(holdout),
+            where=f"held-out records: {holdout}",
         )
 
 

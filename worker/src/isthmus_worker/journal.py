@@ -11,6 +11,9 @@ released may be `discarded`, and then be computed anew.
 An admission that was asked for and never answered may have been given: such a release is not discarded but counted as
 released, so that this account shows at least what the service's does.
 
+What a participation is, its job, dataset, spec, seed and later the federation's statistics, is pinned before the first
+work for it, and a dataset has one participation in a job: the account of one cannot be begun anew under another name.
+
 SQLite in WAL mode with synchronous=FULL: a transition that returned is on the disk. Files lie in `releases/` under
 names of their own; one without a row was never prepared, and is removed at the next start.
 """
@@ -27,6 +30,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
+from isthmus.wire.base import digest_of
 from isthmus.wire.rounds import TaskKind, TaskOffer, UpdateReceipt
 from isthmus_worker.files import digest_of_file, move_durably, sync_directory, sync_file
 from isthmus_worker.state import StateDir
@@ -108,6 +112,10 @@ class BytesDamaged(Exception):
 
 
 _SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS participations (
+    participation_id TEXT PRIMARY KEY, job_id TEXT NOT NULL, dataset TEXT NOT NULL, spec_digest TEXT NOT NULL,
+    job_seed TEXT NOT NULL, statistics_digest TEXT, seen_at TEXT NOT NULL, UNIQUE (dataset, job_id)
+) STRICT;
 CREATE TABLE IF NOT EXISTS releases (
     id INTEGER PRIMARY KEY,
     participation_id TEXT NOT NULL, round_number INTEGER NOT NULL,
@@ -116,6 +124,7 @@ CREATE TABLE IF NOT EXISTS releases (
     state TEXT NOT NULL CHECK (state IN ('prepared', 'released', 'acknowledged', 'discarded')),
     job TEXT NOT NULL, dataset TEXT NOT NULL, task_id TEXT NOT NULL, fence INTEGER NOT NULL,
     digest TEXT NOT NULL, size_bytes INTEGER NOT NULL, unanswered INTEGER NOT NULL DEFAULT 0, file TEXT,
+    clip_norm REAL, noise_multiplier REAL NOT NULL,
     prepared_at TEXT NOT NULL, released_at TEXT, acknowledged_at TEXT, discarded_at TEXT, note TEXT, receipt TEXT
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS one_release ON releases
@@ -125,6 +134,7 @@ CREATE TABLE IF NOT EXISTS results (
     dataset TEXT NOT NULL, metrics TEXT NOT NULL, at TEXT NOT NULL, PRIMARY KEY (participation_id, round_number, kind)
 ) STRICT;
 """
+_MAYBE_SPENT: Final = "(state IN ('released', 'acknowledged') OR (state = 'prepared' AND unanswered = 1))"
 _COLUMNS: Final = (
     "id, participation_id, round_number, model_digest, spec_digest, kind, state, job, dataset, task_id, fence,"
     " digest, size_bytes, unanswered, file"
@@ -185,6 +195,23 @@ class Journal:
             if path.name not in known:
                 path.unlink()
 
+    def pin(self, offer: TaskOffer) -> None:
+        """Hold on to what the offer's participation is, and to the federation's statistics once they are known.
+
+        To be called before any work for an offer that `ledger_objections` lets pass.
+        """
+        statistics = _digest_of_statistics(offer)
+        with _Transaction(self._connection) as connection:
+            connection.execute(
+                "INSERT INTO participations VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (participation_id) DO NOTHING",
+                (*_identity_of(offer).values(), statistics, _now()),
+            )
+            connection.execute(
+                "UPDATE participations SET statistics_digest = ?"
+                " WHERE participation_id = ? AND statistics_digest IS NULL",
+                (statistics, str(offer.participation_id)),
+            )
+
     def find(self, key: ReleaseKey) -> Release | None:
         """What was noised for `key`, unless it was discarded."""
         found = self._releases(
@@ -212,9 +239,21 @@ class Journal:
         with _Transaction(self._connection) as connection:
             connection.execute(
                 "INSERT INTO releases (participation_id, round_number, model_digest, spec_digest, kind, state,"
-                " job, dataset, task_id, fence, digest, size_bytes, file, prepared_at)"
-                " VALUES (?, ?, ?, ?, ?, 'prepared', ?, ?, ?, ?, ?, ?, ?, ?)",
-                (*key, offer.job, offer.dataset, str(offer.task_id), offer.fence, digest, size_bytes, name, now),
+                " job, dataset, task_id, fence, digest, size_bytes, file, prepared_at, clip_norm, noise_multiplier)"
+                " VALUES (?, ?, ?, ?, ?, 'prepared', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *key,
+                    offer.job,
+                    offer.dataset,
+                    str(offer.task_id),
+                    offer.fence,
+                    digest,
+                    size_bytes,
+                    name,
+                    now,
+                    offer.spec.privacy.clip_norm,
+                    offer.spec.privacy.noise_multiplier,
+                ),
             )
             if metrics:
                 connection.execute(
@@ -277,20 +316,25 @@ class Journal:
             self.give_up(release, "its round is over")
         self._drop_bytes(f"{earlier} AND state = 'released'", participation_id, round_number)
 
-    def open_releases(self) -> list[Release]:
-        """What was noised and is neither acknowledged nor discarded, and has its bytes."""
-        return self._releases("state IN ('prepared', 'released') AND file IS NOT NULL")
+    def unsettled(self) -> list[Release]:
+        """What left or may have left, is not acknowledged, and has its bytes."""
+        return self._releases(f"state <> 'acknowledged' AND {_MAYBE_SPENT} AND file IS NOT NULL")
 
     def ledger_objections(self, offer: TaskOffer, max_rounds: int) -> list[str]:
         """Why this account of ours does not allow a release for `offer`; empty if it does.
 
         A round is noised for one model only: an offer of the same round with another model or spec would have the same
-        records noised again. And no more rounds are released than the grant and our own policy say.
+        records noised again. No more rounds are released than the grant and our own policy say, and statistics and
+        the final evaluation once each. And a participation stays what it was when we first saw it.
         """
-        key, found = key_of(offer), []
-        spent = self._releases("participation_id = ? AND state IN ('released', 'acknowledged')", key.participation_id)
+        key, found = key_of(offer), self._contradictions(offer)
+        spent = self._releases(f"participation_id = ? AND {_MAYBE_SPENT}", key.participation_id)
         if any(one.key != key and one.key.round_number == key.round_number for one in spent):
             found.append(f"Round {key.round_number} was released before, for another model or another spec.")
+        if key.kind is not TaskKind.TRAIN and any(
+            one.key.kind is key.kind and one.key.round_number != key.round_number for one in spent
+        ):
+            found.append(f"A round of kind {key.kind.value!r} was released before; there is one in a job.")
         mine = self.find(key)
         if mine is not None and mine.path is None:
             found.append(f"Round {key.round_number} was released before, and its bytes are no longer held.")
@@ -299,6 +343,36 @@ class Journal:
         if key.kind is TaskKind.TRAIN and len(rounds) >= allowed:
             found.append(f"max_rounds: {len(rounds)} rounds were released for this grant; at most {allowed} pass.")
         return found
+
+    def _contradictions(self, offer: TaskOffer) -> list[str]:
+        """How `offer` differs from what was pinned."""
+        now = _identity_of(offer)
+        row = self._connection.execute(
+            "SELECT participation_id, job_id, dataset, spec_digest, job_seed, statistics_digest FROM participations"
+            " WHERE participation_id = ?",
+            (now["participation_id"],),
+        ).fetchone()
+        if row is None:
+            other = self._connection.execute(
+                "SELECT 1 FROM participations WHERE dataset = ? AND job_id = ?", (now["dataset"], now["job_id"])
+            ).fetchone()
+            return ["This dataset takes part in the job under another participation already."] if other else []
+        *pinned, statistics = row
+        changed = [name for name, before in zip(now, pinned, strict=True) if now[name] != before]
+        if offer.statistics is not None and statistics not in (None, _digest_of_statistics(offer)):
+            changed.append("statistics")
+        if not changed:
+            return []
+        return [f"The participation is not what it was when this worker first saw it: another {', '.join(changed)}."]
+
+    def spends(self) -> list[dict[str, Any]]:
+        """How often something left or may have left, by job, dataset, kind and protection."""
+        rows = self._connection.execute(
+            "SELECT job, dataset, kind, clip_norm, noise_multiplier, count(*) FROM releases"  # noqa: S608 - our own
+            f" WHERE {_MAYBE_SPENT} GROUP BY 1, 2, 3, 4, 5 ORDER BY min(id)"
+        ).fetchall()
+        names = ("job", "dataset", "kind", "clip_norm", "noise_multiplier", "releases")
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
     def counts(self) -> dict[str, int]:
         """Number of releases by state."""
@@ -353,6 +427,21 @@ class Journal:
             unanswered=bool(unanswered),
             path=self._state.releases / file if file is not None else None,
         )
+
+
+def _identity_of(offer: TaskOffer) -> dict[str, str]:
+    """What never changes in a participation, by column."""
+    return {
+        "participation_id": str(offer.participation_id),
+        "job_id": str(offer.job_id),
+        "dataset": offer.dataset,
+        "spec_digest": offer.spec_digest,
+        "job_seed": offer.job_seed,
+    }
+
+
+def _digest_of_statistics(offer: TaskOffer) -> str | None:
+    return digest_of(offer.statistics) if offer.statistics is not None else None
 
 
 class _Transaction:

@@ -54,8 +54,8 @@ class KeyRefused(Exception):
     def __init__(self, refusal: Refused) -> None:
         super().__init__(
             f"The service refuses this worker's key: {refusal.detail} [{refusal.code}]. "
-            "Ask a steward of your organization for a new enrolment token, and run `isthmus-worker enroll --again` with "
-            "the same state directory: it holds the account of what left, and the key of the hold-out."
+            "Ask a steward of your organization for a new enrolment token, and run `isthmus-worker enroll --again` "
+            "with another --name and the SAME state directory: it holds your account of what left."
         )
 
 

@@ -119,6 +119,11 @@ class StateDir:
         """The worker's own key, made at first use."""
         return Ed25519PrivateKey.from_private_bytes(_secret(self._identity))
 
+    def renew_identity(self) -> Ed25519PrivateKey:
+        """A fresh key in place of the worker's own: the service enrols no public key twice."""
+        self._identity.unlink(missing_ok=True)
+        return self.identity()
+
     def holdout_key(self) -> bytes:
         """The key that decides which rows are held out, made at first use. It never leaves this machine."""
         return _secret(self._holdout_key)

@@ -47,9 +47,7 @@ def train(
     """
     fewest = 2 if _has_batch_norm(model) else 1
     if len(examples) < fewest:
-        raise DataRefused(
-            f"Too few records are left for training: this model needs {fewest}.", records=len(examples)
-        )
+        raise DataRefused(f"Too few records are left for training: this model needs {fewest}.", records=len(examples))
     inputs, targets = as_tensors(examples, record_shape)
     size = len(examples) if spec.batch_size == "all" else spec.batch_size
     if size < fewest:

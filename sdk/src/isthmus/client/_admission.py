@@ -33,6 +33,10 @@ from isthmus.client.errors import BadResponse, TimedOut, Unreachable
 
 EXPECT_S: Final = 10.0
 """So long we wait for an interim response before we take silence for admission."""
+LONGEST_ANSWER: Final = 10
+"""So many times `timeout_s` the final answer may take from its first byte to its last, however it trickles."""
+MOST_INTERIM: Final = 100
+"""More informational responses than that are no conversation."""
 
 
 def put_when_admitted(
@@ -57,8 +61,8 @@ def put_when_admitted(
 
     Raises:
         Unreachable: no connection, or it was cut and no answer was there to be read.
-        TimedOut: a wait passed `timeout_s`.
-        BadResponse: what answers does not speak HTTP.
+        TimedOut: a wait passed `timeout_s`, or the final answer took LONGEST_ANSWER times as long.
+        BadResponse: what answers does not speak HTTP, or says no more than that it will.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -86,6 +90,7 @@ class _Connection:
         self._body = bytearray()
         self._complete = False
         self._admitted = False
+        self._interim = 0
         self._closed_by_peer = False
         self._extra: list[tuple[str, str]] = []
         self._selector = selectors.DefaultSelector()
@@ -215,12 +220,15 @@ class _Connection:
 
     def answer(self) -> Answer:
         """The final answer, read to its end."""
+        until = time.monotonic() + LONGEST_ANSWER * self._timeout_s
         self._selector.modify(self._socket, selectors.EVENT_READ)
         while not self._complete:
             if self._closed_by_peer:
                 raise Unreachable(self._address, "the connection was cut before an answer came")
             if not self._wait(self._timeout_s):
                 raise TimedOut(self._address, f"no answer for {self._timeout_s:g} s")
+            if time.monotonic() > until:
+                raise TimedOut(self._address, f"no whole answer within {LONGEST_ANSWER * self._timeout_s:g} s")
             self._receive()
         assert self._response is not None
         headers = {name.decode("ascii").lower(): value.decode("latin-1") for name, value in self._response.headers}
@@ -255,6 +263,9 @@ class _Connection:
             event = self._h11.next_event()
             if isinstance(event, h11.InformationalResponse):
                 self._admitted = self._admitted or event.status_code == 100
+                self._interim += 1
+                if self._interim > MOST_INTERIM:
+                    raise BadResponse(f"{self._address} gave more than {MOST_INTERIM} informational responses")
             elif isinstance(event, h11.Response):
                 self._response = event
             elif isinstance(event, h11.Data):

@@ -13,6 +13,9 @@ from isthmus.wire.problems import Problem
 MAX_ANSWER_BYTES: Final = 32 * 2**20
 """No JSON of the contract is longer. What is, is not ours, and is not read into memory."""
 
+LONGEST_RETRY_AFTER_S: Final = 3600.0
+"""Whatever an answer asks for, nobody waits longer."""
+
 GATEWAY_STATUSES: Final = frozenset({502, 503, 504})
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -27,24 +30,24 @@ class Answer(NamedTuple):
 
 
 def retry_after_s(headers: Mapping[str, str], now: datetime) -> float | None:
-    """How long the service asks to wait: seconds or an HTTP date, never below 0; None where it does not say.
+    """How long the service asks to wait, as seconds or an HTTP date: 0 to LONGEST_RETRY_AFTER_S; None: it does not say.
 
     A date is measured from the response's own `Date`, so that a wrong clock here does no harm; `now` stands in for it.
     """
     value = headers.get("retry-after", "").strip()
     if value.isascii() and value.isdigit():
-        return float(value[:9])
+        return min(LONGEST_RETRY_AFTER_S, float(value[:9]))
     until = _http_date(value)
     if until is None:
         return None
     since = _http_date(headers.get("date", "")) or now
-    return max(0.0, (until - since).total_seconds())
+    return min(LONGEST_RETRY_AFTER_S, max(0.0, (until - since).total_seconds()))
 
 
 def _http_date(value: str) -> datetime | None:
     try:
         moment = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError, TypeError):
         return None
     return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
