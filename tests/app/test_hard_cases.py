@@ -129,11 +129,12 @@ def test_all_may_refuse_at_once(make_federation: MakeFederation) -> None:
     federation = make_federation(sites=6)
     job = federation.start(job_spec(cohort={"min_updates": 6, "deadline_s": 60}))
     offers = [(site, site.claim()) for site in federation.sites]
-    began = time.monotonic()
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda pair: _refuse(*pair), offers))
-    assert time.monotonic() - began < 3, "nobody waited for a deadlock to be found"
     assert federation.finish(job).state is JobState.FAILED
+    time.sleep(1.5)  # Postgres counts with a delay of a second
+    deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    assert federation.platform.execute(deadlocks) == [(0,)]
 
 
 def _refuse(site: Site, offer: TaskOffer) -> None:
@@ -234,7 +235,6 @@ def test_a_withdrawal_holds_one_connection(make_federation: MakeFederation) -> N
     federation = make_federation(sites=4, database_connections=2)
     job = federation.start(job_spec(rounds=5))
     parts = [(site, part_of(site, job)) for site in federation.sites]
-    began = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
         ended = list(
             pool.map(
@@ -244,8 +244,7 @@ def test_a_withdrawal_holds_one_connection(make_federation: MakeFederation) -> N
                 parts,
             )
         )
-    assert {part.state.value for part in ended} == {"withdrawn"}
-    assert time.monotonic() - began < 10
+    assert {part.state.value for part in ended} == {"withdrawn"}, "nobody waited in vain for a second connection"
 
 
 def test_a_replaced_worker_takes_the_dataset_over_and_the_job_goes_on(federation: Federation) -> None:

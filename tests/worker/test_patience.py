@@ -59,7 +59,7 @@ def test_an_answer_that_trickles_without_end_is_given_up(tmp_path: Path) -> None
     with _saying(trickle) as address, pytest.raises(TimedOut, match="no whole answer"):
         _put(address, tmp_path / "update")
 
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 15
 
 
 def test_promises_without_end_are_no_answer(tmp_path: Path) -> None:
