@@ -34,16 +34,6 @@ class Inspector(Protocol):
         ...
 
 
-class NoInspection:
-    """Takes any bytes."""
-
-    def feed(self, chunk: bytes | memoryview) -> None:
-        """Nothing to see."""
-
-    def finish(self) -> None:
-        """Nothing to say."""
-
-
 @dataclass(frozen=True, slots=True)
 class StoredBlob:
     """Bytes that are durable: where they are, and what they are."""
