@@ -184,10 +184,8 @@ class JobSpec(Request):
         if (self.training.loss == "cross_entropy") != (self.data.task == "classification"):
             raise ValueError(f"loss {self.training.loss!r} does not fit a {self.data.task} task")
         if self.model.layers is not None:
-            if self.privacy.noise_multiplier > 0 and self.model.mixes_records:
-                raise ValueError(
-                    "batch_norm does not go with noise: a noised running variance can turn negative; use group_norm"
-                )
+            if self.model.mixes_records:
+                self._batch_norm_stays_sound()
             plan = self.model.plan(self.data.input_shape)
             if plan.output_shape != (self.data.outputs,):
                 raise ValueError(
@@ -195,6 +193,16 @@ class JobSpec(Request):
                     f"the data section wants {[self.data.outputs]}"
                 )
         return self
+
+    def _batch_norm_stays_sound(self) -> None:
+        """A running variance is averaged like a weight: what carries it beyond the sites' own can turn it negative."""
+        if self.privacy.noise_multiplier > 0:
+            raise ValueError("batch_norm does not go with noise: a variance can turn negative; use group_norm")
+        if self.strategy.kind != "fedavg" or self.strategy.lr > 1:
+            raise ValueError(
+                "batch_norm goes with strategy fedavg and lr up to 1 only: others carry a variance beyond the sites' "
+                "own, and it can turn negative; use group_norm"
+            )
 
     @property
     def releases_exact_metrics(self) -> bool:
