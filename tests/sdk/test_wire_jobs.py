@@ -10,8 +10,6 @@ from isthmus.wire.jobs import JobSpec
 BATCH_NORM = {
     "layers": [{"linear": {"in": 2, "out": 4}}, {"batch_norm": {"features": 4}}, {"linear": {"in": 4, "out": 2}}]
 }
-    "layers": [{"linear": {"in": 2, "out": 4}}, {"batch_norm": {"features": 4}}, {"linear": {"in": 4, "out": 2}}]
-}
 
 
 def spec(**changes: Any) -> JobSpec:
