@@ -33,7 +33,7 @@ class KeyExpired(PlatformError):
     code = ProblemCode.KEY_EXPIRED
 
     def __init__(self) -> None:
-        super().__init__("This API key has expired. Ask for a new one, or rotate keys before they expire.")
+        super().__init__("This API key has expired. Ask an admin of the platform for a new one.")
 
 
 class KeyRevoked(PlatformError):

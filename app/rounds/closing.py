@@ -19,7 +19,7 @@ from app.federation.lifecycle import (
 )
 from app.models import Dataset, Job, Participation, Round, Task
 from app.queue import AGGREGATE_ROUND, defer
-from app.rounds.opening import offer_again, pause_for_want, refill
+from app.rounds.opening import offer_again, pause_for_want, refill, tell_reopened
 from app.rounds.queries import list_contributions, round_state
 from app.wakeups import announce_change
 from isthmus.wire.events import EventKind
@@ -98,17 +98,7 @@ async def _offer_again(session: AsyncSession, job: Job, of: Round, now: datetime
     offered = found.all()
     for task, worker_id in offered:
         offer_again(task, of, worker_id, now)
-    await append(
-        session,
-        job_stream(job.id),
-        EventKind.ROUND_REOPENED,
-        at=now,
-        round=of.number,
-        attempt=of.attempt,
-        kept=of.accepted,
-        offered=len(offered),
-    )
-    await announce_change(session, job.id)
+    await tell_reopened(session, job, of, now, offered=len(offered))
 
 
 async def _exhaust(session: AsyncSession, job: Job, of: Round, now: datetime) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import func, select, update
@@ -205,9 +206,11 @@ async def refill(session: AsyncSession, job: Job, of: Round, now: datetime) -> N
     of.phase = advance_round(of.phase, RoundEvent.REFILLED)
     others = await list_unasked(session, of, await list_candidates(session, job.id, now))
     called_off = await session.scalars(
-        select(Task).where(
-            Task.round_id == of.id, Task.participation_id.in_([item.participation_id for item in others])
-        )
+        select(Task)
+        .where(Task.round_id == of.id, Task.participation_id.in_([item.participation_id for item in others]))
+        .order_by(Task.id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
     )
     again = {task.participation_id: task for task in called_off}
     for item in others:
@@ -218,6 +221,11 @@ async def refill(session: AsyncSession, job: Job, of: Round, now: datetime) -> N
         else:  # to whichever worker serves the dataset now
             offer_again(task, of, item.worker_id, now)
     await session.flush()
+    await tell_reopened(session, job, of, now, added=sorted(f"{item.organization}/{item.dataset}" for item in others))
+
+
+async def tell_reopened(session: AsyncSession, job: Job, of: Round, now: datetime, **what: Any) -> None:
+    """Record that an open round has tasks on offer again, and wake whom it concerns."""
     await append(
         session,
         job_stream(job.id),
@@ -226,7 +234,7 @@ async def refill(session: AsyncSession, job: Job, of: Round, now: datetime) -> N
         round=of.number,
         attempt=of.attempt,
         kept=of.accepted,
-        added=sorted(f"{item.organization}/{item.dataset}" for item in others),
+        **what,
     )
     await announce_change(session, job.id)
 

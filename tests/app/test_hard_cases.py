@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import numpy as np
+import psycopg
 import pytest
 
 from isthmus.client import NoWork, Refused
@@ -328,3 +329,27 @@ def test_an_upload_that_stalls_does_not_hold_the_round_by_heartbeats(make_federa
         assert beats < 40, "the round waits for an upload that brings nothing"
     assert federation.finish(job).state is JobState.COMPLETED
     upload.finish()
+
+
+def test_a_job_that_somebody_holds_keeps_no_other_waiting_and_its_leases_wait_for_it(
+    make_federation: MakeFederation,
+) -> None:
+    federation = make_federation(sites=3)
+    held, other = federation.start(), federation.start()
+    for site in federation.sites:
+        site.claim()  # the older job's task
+    for site in federation.sites[:2]:
+        site.hand_in(site.claim(), filled(1.0))
+    assert federation.researcher.jobs.round(other.id, 1).accepted == 2
+    with psycopg.connect(federation.platform.database_url) as holder:
+        holder.execute("SELECT 1 FROM jobs WHERE id = %s FOR UPDATE", [held.id])
+        federation.platform.execute("UPDATE tasks SET lease_expires_at = clock_timestamp() WHERE state = 'claimed'")
+        pass_deadline(federation, other)
+        federation.until(lambda: federation.job(other).state is JobState.COMPLETED)
+        # Whoever takes leases away takes the job first, then its tasks: here it gets no further than the job.
+        fences = "SELECT DISTINCT fence FROM tasks WHERE job_id = %s"
+        assert federation.platform.execute(fences, [held.id]) == [(1,)]
+        unlocked = "SELECT count(*) FROM (SELECT 1 FROM tasks WHERE job_id = %s FOR UPDATE NOWAIT) AS tasks"
+        assert federation.platform.execute(unlocked, [held.id]) == [(3,)]
+
+    federation.until(lambda: {task.fence for task in federation.researcher.jobs.round(held.id, 1).tasks} == {2})
