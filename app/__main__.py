@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from app.admin.service import create_first_admin
+from app.allocator import keep_buffers
 from app.coordinator import coordinating
 from app.database import migrate as migrate_database
 from app.database import open_engine, open_sessions
@@ -73,6 +75,14 @@ def _leave_in_order() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
+def _allow_many_connections() -> None:
+    """Raise the soft limit of open files to the hard one: every worker that waits here holds a connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # macOS calls the hard limit infinite and refuses it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _configure_log() -> None:
     pretty = sys.stderr.isatty()
     structlog.configure(
@@ -108,6 +118,7 @@ def serve(
 ) -> None:
     """Serve the API, and coordinate rounds unless ISTHMUS_COORDINATE=false."""
     _configure_log()
+    keep_buffers()
     with _with_database(_settings()) as settings:
         if migrate:
             migrate_database(settings.direct_url())
@@ -122,6 +133,7 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=5,
             timeout_keep_alive=75,
+            backlog=4096,  # a fleet comes back at once after a restart
         )
         _Server(config, app).run()
 
@@ -130,6 +142,7 @@ def serve(
 def coordinate() -> None:
     """Open, close and aggregate rounds, without serving the API; on as many machines as wanted."""
     _configure_log()
+    keep_buffers()
 
     async def run(settings: Settings) -> None:
         stop = asyncio.Event()

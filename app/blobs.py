@@ -7,16 +7,21 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Final, Protocol
 
 import anyio.to_thread
 
 from app.errors import DigestMismatch, LengthMismatch, NotFound
+from isthmus.writeback import Writeback
 
 PIECE_BYTES: Final = 1 << 20
+SHARED_BYTES: Final = 1 << 16
+"""Pieces from this size on are worth a second thread."""
 LISTED_AT_ONCE: Final = 500
 STALL_S: Final = 60.0
 """A body that brings nothing for so long is given up."""
@@ -102,7 +107,7 @@ class DirectoryBlobStore:
         inspector: Inspector,
         on_progress: Callable[[], Awaitable[None]] | None = None,
     ) -> StoredBlob:
-        """See `BlobStore`. The next megabyte is received while a thread writes, digests and checks the one before."""
+        """See `BlobStore`. The next megabyte is received while threads check, write and digest the one before."""
         spool = _Spool(self.draft(), length, inspector)
         writing: asyncio.Future[None] | None = None
         try:
@@ -177,6 +182,28 @@ def _age_s(path: Path) -> float:
     return time.time() - path.stat().st_mtime
 
 
+class BodyDigest:
+    """SHA-256 of a body as it arrives."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, piece: bytes | bytearray | memoryview) -> None:
+        """The next bytes."""
+        self._hash.update(piece)
+
+    def require(self, digest: str) -> None:
+        """There are no more.
+
+        Raises:
+            DigestMismatch: they have another digest.
+        """
+        if self._hash.hexdigest() != digest:
+            raise DigestMismatch(
+                "The bytes that arrived do not have the digest declared in Repr-Digest: send them again."
+            )
+
+
 class _Spool:
     """One body on its way to the disk. Used by one thread at a time."""
 
@@ -185,29 +212,34 @@ class _Spool:
         self._length = length
         self._inspector = inspector
         self._received = 0
-        self._hash = hashlib.sha256()
+        self._digest = BodyDigest()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._writeback = Writeback(self._file)
 
-    def write(self, piece: bytes | bytearray) -> None:
-        """Judge, digest and write the next bytes, in this order: nothing is kept of what is refused."""
+    def write(self, piece: bytes) -> None:
+        """Judge and then write the next bytes: nothing is kept of what is refused. A second thread digests them."""
         self._received += len(piece)
         if self._received > self._length:
             raise LengthMismatch(f"The body goes on after the {self._length} bytes that its header declared.")
-        self._inspector.feed(memoryview(piece))
-        self._hash.update(piece)
-        view = memoryview(piece)
-        while view:
-            view = view[os.write(self._file, view) :]
+        digesting = _digesters().submit(self._digest.update, piece) if len(piece) >= SHARED_BYTES else None
+        try:
+            view = memoryview(piece)
+            self._inspector.feed(view)
+            if digesting is None:
+                self._digest.update(view)
+            while view:
+                view = view[os.write(self._file, view) :]
+            self._writeback.wrote(len(piece))
+        finally:
+            if digesting is not None:
+                digesting.result()  # pieces are digested one after the other
 
     def finish(self, digest: str, target: Path) -> None:
         """Check the whole and give it its name, durably."""
         if self._received != self._length:
             raise LengthMismatch(f"The body ended after {self._received} of {self._length} declared bytes.")
         self._inspector.finish()
-        if self._hash.hexdigest() != digest:
-            raise DigestMismatch(
-                "The bytes that arrived do not have the digest declared in Repr-Digest: send them again."
-            )
+        self._digest.require(digest)
         os.fsync(self._file)
         os.close(self._file)
         self._file = -1
@@ -219,6 +251,12 @@ class _Spool:
             os.close(self._file)
             self._file = -1
         self._path.unlink(missing_ok=True)
+
+
+@cache
+def _digesters() -> ThreadPoolExecutor:
+    """Threads for SHA-256, which lets go of the interpreter's lock: it takes longer than all else of a body."""
+    return ThreadPoolExecutor(thread_name_prefix="digest")
 
 
 def _publish(path: Path, target: Path) -> int:
@@ -235,13 +273,14 @@ def _publish(path: Path, target: Path) -> int:
     return target.stat().st_size
 
 
-async def _pieces(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes | bytearray]:
+async def _pieces(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The stream in pieces of about a megabyte, so that a thread is called once a piece and not once a packet.
 
     Raises:
         LengthMismatch: nothing came for STALL_S.
     """
-    gathered = bytearray()
+    gathered: list[bytes] = []
+    size = 0
     chunks = aiter(stream)
     while True:
         try:
@@ -251,12 +290,14 @@ async def _pieces(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes | bytearr
             raise LengthMismatch(f"The body stalled: nothing came for {STALL_S:g} seconds.") from None
         if chunk is None:
             break
-        gathered += chunk
-        if len(gathered) >= PIECE_BYTES:
-            yield gathered
-            gathered = bytearray()
+        gathered.append(chunk)
+        size += len(chunk)
+        if size >= PIECE_BYTES:
+            yield b"".join(gathered)
+            gathered.clear()
+            size = 0
     if gathered:
-        yield gathered
+        yield b"".join(gathered)
 
 
 def checkpoint_key(digest: str) -> str:

@@ -16,7 +16,7 @@ from procrastinate import App as Queue
 from sqlalchemy import delete, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.database import advisory_lock, clock
+from app.database import clock
 from app.dependencies import Parts
 from app.models import IdempotencyKey, Round
 from app.participations.schedule import expire_grant, list_expired, list_stranded, release_stranded
@@ -27,7 +27,7 @@ from app.rounds.aggregation import aggregate_round
 from app.rounds.closing import settle
 from app.rounds.offers import lapse_leases, list_lapsed
 from app.rounds.opening import begin_if_enough
-from app.rounds.queries import get_job, get_round, list_due_rounds, list_waiting_jobs
+from app.rounds.queries import get_job, hold_round, list_due_rounds, list_waiting_jobs
 from isthmus.wire.rounds import RoundPhase
 
 log = structlog.get_logger(__name__)
@@ -78,10 +78,9 @@ async def _aggregate_forever(parts: Parts) -> None:
 
 async def _sweep_forever(parts: Parts) -> None:
     pause = parts.settings.sweep.total_seconds()
-    url = parts.settings.direct_url()
     while True:
         try:
-            async with advisory_lock(url, SWEEP_LOCK) as held:
+            async with parts.locks.hold(SWEEP_LOCK) as held:
                 while held:
                     await sweep(parts)
                     await asyncio.sleep(pause)
@@ -126,8 +125,7 @@ async def sweep(parts: Parts) -> None:
         due = await list_due_rounds(session, await clock(session))
     for job_id, round_id in due:
         async with _piece(parts, "a round", job_id) as session:
-            job = await get_job(session, job_id, "update")
-            of = await get_round(session, round_id, "update")
+            job, of = await hold_round(session, round_id)
             await settle(session, parts.queue, job, of, await clock(session))
     async with _piece(parts, "forgotten aggregations") as session:
         await _defer_forgotten_aggregations(session, parts)

@@ -1,17 +1,22 @@
 """The database: engine, sessions, the one clock, migrations."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final, Self
 
 import psycopg
 from alembic import command
 from alembic.config import Config
+from psycopg_pool import AsyncConnectionPool
 from sqlalchemy import func, make_url, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 Sessions = async_sessionmaker[AsyncSession]
+
+LOCKS_AT_ONCE: Final = 8
+"""Of one process: the sweep's, and one for each aggregation that runs."""
 
 
 def sqlalchemy_url(url: str) -> str:
@@ -40,9 +45,12 @@ def open_sessions(engine: AsyncEngine) -> Sessions:
     return async_sessionmaker(engine, expire_on_commit=False)
 
 
+_CLOCK: Final = select(func.clock_timestamp())
+
+
 async def clock(session: AsyncSession) -> datetime:
     """Now, by the one clock: Postgres's. Read it after the lock that the decision stands on."""
-    now: datetime = (await session.execute(select(func.clock_timestamp()))).scalar_one()
+    now: datetime = (await session.execute(_CLOCK)).scalar_one()
     return now.astimezone(UTC)
 
 
@@ -54,16 +62,42 @@ async def raw_connection(session: AsyncSession) -> psycopg.AsyncConnection[tuple
     return driver
 
 
-@asynccontextmanager
-async def advisory_lock(url: str, key: int) -> AsyncIterator[bool]:
-    """Hold a Postgres advisory lock on a connection of its own; False if another holds it. It ends with the process."""
-    connection = await psycopg.AsyncConnection.connect(libpq_url(url), autocommit=True)
-    try:
-        cursor = await connection.execute("SELECT pg_try_advisory_lock(%s)", (key,))
-        row = await cursor.fetchone()
-        yield bool(row and row[0])
-    finally:
-        await connection.close()
+class AdvisoryLocks:
+    """Advisory locks of Postgres, each on a connection of its own, so that they end with the process whatever happens.
+
+    The connections are kept for the next lock: opening one costs more than a round's whole bookkeeping.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._pool = AsyncConnectionPool(
+            libpq_url(url),
+            min_size=0,
+            max_size=LOCKS_AT_ONCE,
+            kwargs={"autocommit": True},
+            check=AsyncConnectionPool.check_connection,  # Postgres may have been restarted since the last lock
+            open=False,
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._pool.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._pool.close()
+
+    @asynccontextmanager
+    async def hold(self, key: int) -> AsyncIterator[bool]:
+        """Hold a lock for as long as the block lasts; False if another holds it, here or in another process."""
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute("SELECT pg_try_advisory_lock(%s)", (key,))
+            row = await cursor.fetchone()
+            held = bool(row and row[0])
+            try:
+                yield held
+            finally:
+                if held:
+                    with suppress(psycopg.OperationalError):  # the connection is gone, and the lock with it
+                        await connection.execute("SELECT pg_advisory_unlock(%s)", (key,))
 
 
 def alembic_config(url: str) -> Config:

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, TypeVar, cast
 from uuid import UUID
 
@@ -10,13 +10,13 @@ from fastapi import Depends, Header, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from procrastinate import App as Queue
 from pydantic import BaseModel
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, func, select, true, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.blobs import BlobStore
 from app.credentials import Signer, parse_key
-from app.database import Sessions, clock
+from app.database import AdvisoryLocks, Sessions, clock
 from app.errors import Forbidden, IdempotencyConflict, KeyExpired, KeyRevoked, SecretShownOnce, Unauthenticated
 from app.meters import Meters
 from app.models import ApiKey, IdempotencyKey, Organization, Principal, Worker
@@ -34,6 +34,7 @@ class Parts:
 
     settings: Settings
     sessions: Sessions
+    locks: AdvisoryLocks
     blobs: BlobStore
     signer: Signer
     wakeups: Wakeups
@@ -78,7 +79,8 @@ Transaction = Annotated[AsyncSession, Depends(_transaction, scope="function")]
 _bearer = HTTPBearer(auto_error=False, description="An API key of this service: `isk_<id>_<secret>`.")
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
-LAST_USED_EVERY = timedelta(seconds=60)
+NOTED_EVERY = timedelta(seconds=60)
+"""How often it is noted that a key is in use, and that its worker was heard of."""
 
 
 async def authenticate(session: AsyncSession, credentials: HTTPAuthorizationCredentials | None) -> Caller:
@@ -88,36 +90,90 @@ async def authenticate(session: AsyncSession, credentials: HTTPAuthorizationCred
         Unauthenticated: there is no key, or none that was issued here.
         KeyExpired, KeyRevoked: it was good once.
     """
+    caller, _ = await authenticate_asking(session, credentials, true())
+    return caller
+
+
+async def authenticate_asking(
+    session: AsyncSession, credentials: HTTPAuthorizationCredentials | None, question: ColumnElement[bool]
+) -> tuple[Caller, bool]:
+    """As `authenticate`; and the answer to a question about the caller's rows, from the same statement.
+
+    Nobody but the caller learns it: a key that is refused is refused before anything else.
+    """
     presented = None if credentials is None else parse_key(credentials.credentials)
     if presented is None:
         raise Unauthenticated
     found = await session.execute(
-        select(ApiKey, Principal, Organization.name, Worker.id, Worker.revoked_at, func.clock_timestamp())
+        select(
+            ApiKey.secret_hash,
+            ApiKey.scopes,
+            ApiKey.revoked_at,
+            ApiKey.expires_at,
+            ApiKey.last_used_at,
+            Principal.id,
+            Principal.name,
+            Principal.role,
+            Principal.organization_id,
+            Principal.disabled_at,
+            Organization.name,
+            Worker.id,
+            Worker.revoked_at,
+            func.clock_timestamp(),
+            question,
+        )
         .join(Principal, Principal.id == ApiKey.principal_id)
         .outerjoin(Organization, Organization.id == Principal.organization_id)
         .outerjoin(Worker, Worker.principal_id == Principal.id)
         .where(ApiKey.id == presented.id)
     )
     row = found.one_or_none()
-    if row is None or not presented.matches(row[0].secret_hash):
+    if row is None or not presented.matches(row[0]):
         raise Unauthenticated
-    key, principal, organization, worker_id, worker_revoked_at, now = row
-    if key.revoked_at is not None or principal.disabled_at is not None or worker_revoked_at is not None:
+    (
+        _,
+        scopes,
+        revoked_at,
+        expires_at,
+        last_used_at,
+        principal_id,
+        name,
+        role,
+        organization_id,
+        disabled_at,
+        organization,
+        worker_id,
+        worker_revoked_at,
+        now,
+        answer,
+    ) = row
+    if revoked_at is not None or disabled_at is not None or worker_revoked_at is not None:
         raise KeyRevoked
-    if key.expires_at is not None and key.expires_at <= now:
+    if expires_at is not None and expires_at <= now:
         raise KeyExpired
-    if key.last_used_at is None or now - key.last_used_at >= LAST_USED_EVERY:
-        await session.execute(update(ApiKey).where(ApiKey.id == key.id).values(last_used_at=now))
-    return Caller(
-        principal_id=principal.id,
-        name=principal.name,
-        role=principal.role,
-        organization_id=principal.organization_id,
+    if last_used_at is None or now - last_used_at >= NOTED_EVERY:
+        await _note_use(session, presented.id, worker_id, now)
+    caller = Caller(
+        principal_id=principal_id,
+        name=name,
+        role=role,
+        organization_id=organization_id,
         organization=organization,
         worker_id=worker_id,
-        key_id=key.id,
-        scopes=frozenset(Scope(scope) for scope in key.scopes),
+        key_id=presented.id,
+        scopes=frozenset(map(Scope, scopes)),
     )
+    return caller, bool(answer)
+
+
+async def _note_use(session: AsyncSession, key_id: str, worker_id: UUID | None, now: datetime) -> None:
+    """The key was used and its worker was heard of: one statement, since a fleet that waits does this all day."""
+    used = update(ApiKey).where(ApiKey.id == key_id).values(last_used_at=now)
+    if worker_id is None:
+        await session.execute(used)
+        return
+    heard = update(Worker).where(Worker.id == worker_id).values(last_seen_at=now)
+    await session.execute(heard.add_cte(used.cte("used")))
 
 
 def check_scope(caller: Caller, *scopes: Scope) -> Caller:
@@ -173,10 +229,8 @@ def _brief_holder_of(*scopes: Scope) -> Callable[[Caller], Caller]:
     return holder
 
 
-BriefAgent = Annotated[Caller, Depends(_brief_holder_of(Scope.TASKS))]
 BriefJobReader = Annotated[Caller, Depends(_brief_holder_of(Scope.JOBS_READ))]
 BriefJobWriter = Annotated[Caller, Depends(_brief_holder_of(Scope.JOBS_WRITE))]
-BriefModelReader = Annotated[Caller, Depends(_brief_holder_of(Scope.JOBS_READ, Scope.TASKS))]
 BriefGrantWriter = Annotated[Caller, Depends(_brief_holder_of(Scope.GRANTS_WRITE))]
 
 View = TypeVar("View", bound=BaseModel)

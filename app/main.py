@@ -11,7 +11,7 @@ from app.admin.router import router as admin
 from app.audit.router import router as audit
 from app.blobs import DirectoryBlobStore
 from app.credentials import load_signer
-from app.database import open_engine, open_sessions
+from app.database import AdvisoryLocks, open_engine, open_sessions
 from app.datasets.router import router as datasets
 from app.dependencies import Parts
 from app.jobs.router import router as jobs
@@ -43,10 +43,11 @@ async def open_parts(settings: Settings, meters: Meters | None = None) -> AsyncI
     )
     queue = open_queue(direct)
     try:
-        async with queue.open_async():
+        async with queue.open_async(), AdvisoryLocks(direct) as locks:
             yield Parts(
                 settings=settings,
                 sessions=sessions,
+                locks=locks,
                 blobs=DirectoryBlobStore(settings.data_dir / "blobs"),
                 signer=signer,
                 wakeups=Wakeups(direct, sessions),

@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from sqlalchemy.exc import DataError, DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -151,6 +152,13 @@ async def _database_gone(request: Request, error: Exception) -> JSONResponse:
     return render(document, headers={"Retry-After": "1"})
 
 
+async def _too_busy(request: Request, error: Exception) -> JSONResponse:
+    """So many asked at once that no connection to the database came free in time."""
+    log.warning("no connection to the database came free", path=request.url.path)
+    document = problem(ProblemCode.NOT_READY, "The service has more to do just now than it can; try again.")
+    return render(document, headers={"Retry-After": "2"})
+
+
 async def _bug(request: Request, error: Exception) -> JSONResponse:
     log.exception("unexpected failure", path=request.url.path)
     return render(
@@ -168,5 +176,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(DataError, _unstorable)
     app.add_exception_handler(RecursionError, _too_deep)
     app.add_exception_handler(OperationalError, _database_gone)
+    app.add_exception_handler(PoolTimeout, _too_busy)
     app.add_exception_handler(DBAPIError, _bug)
     app.add_exception_handler(Exception, _bug)

@@ -1,19 +1,21 @@
 """Waking who waits. One coalesced NOTIFY a job and change; a process that hears it wakes only whom it concerns.
 
-Waiting holds no database connection: a waiter is an `asyncio.Event`. A waiter registers before it looks for work, every
-waiter is woken after a reconnection, and every waiter looks once more before it gives up; so a lost notification costs
-a little time and never a task.
+Waiting holds no database connection: a waiter is an `asyncio.Event`. No offer is missed between a look and the waiting:
+a waiter notes how many notifications were `heard` before it looks, and looks again if there are more once it is
+registered. Every waiter is woken after a reconnection, looks once more before it gives up while nobody listens, and
+looks first of all when it comes back; so a lost notification costs a little time and never a task.
 """
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Final
 from uuid import UUID
 
 import psycopg
 import structlog
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.database import Sessions, libpq_url
@@ -26,9 +28,12 @@ CHANNEL: Final = "isthmus_jobs"
 RECONNECT_S: Final = 0.5
 
 
+_NOTIFY: Final = select(func.pg_notify(CHANNEL, bindparam("job_id")))
+
+
 async def announce_change(session: AsyncSession, job_id: UUID) -> None:
     """Tell every process, when this transaction commits, that the job changed. Equal ones are coalesced."""
-    await session.execute(select(func.pg_notify(CHANNEL, str(job_id))))
+    await session.execute(_NOTIFY, {"job_id": str(job_id)})
 
 
 class Wakeups:
@@ -40,14 +45,17 @@ class Wakeups:
         self._workers: dict[UUID, set[asyncio.Event]] = {}
         self._jobs: dict[UUID, set[asyncio.Event]] = {}
         self.connected = asyncio.Event()
+        self.heard = 0
+        """Counts what may have been news to somebody: notifications, and connections made anew."""
         self.closing = False
         """Whether the process is about to end: nobody waits here any more."""
 
-    @contextlib.asynccontextmanager
-    async def worker(self, worker_id: UUID) -> AsyncIterator[asyncio.Event]:
-        """An event that is set when a task may be on offer to the worker."""
-        with _registered(self._workers, worker_id) as event:
-            yield event
+    def worker(self, worker_id: UUID, heard: int) -> AbstractContextManager[asyncio.Event]:
+        """An event that is set when a task may be on offer to the worker.
+
+        It is set at once if more was heard than when the worker looked last.
+        """
+        return _registered(self._workers, worker_id, news=heard != self.heard)
 
     @contextlib.asynccontextmanager
     async def job(self, job_id: UUID) -> AsyncIterator[asyncio.Event]:
@@ -80,11 +88,13 @@ class Wakeups:
         async with connection:
             await connection.execute(f"LISTEN {CHANNEL}")
             self.connected.set()
+            self.heard += 1
             _set(event for events in (*self._workers.values(), *self._jobs.values()) for event in events)
             while True:
                 # The first notification is waited for; those that came with it are taken along, for one query.
                 heard = {note.payload async for note in connection.notifies(stop_after=1)}
                 heard |= {note.payload async for note in connection.notifies(timeout=0)}
+                self.heard += 1
                 await self._wake({UUID(payload) for payload in heard})
 
     async def _wake(self, jobs: set[UUID]) -> None:
@@ -109,8 +119,10 @@ def _set(events: Iterable[asyncio.Event]) -> None:
 
 
 @contextlib.contextmanager
-def _registered(waiters: dict[UUID, set[asyncio.Event]], key: UUID) -> Iterator[asyncio.Event]:
+def _registered(waiters: dict[UUID, set[asyncio.Event]], key: UUID, *, news: bool = False) -> Iterator[asyncio.Event]:
     event = asyncio.Event()
+    if news:
+        event.set()
     waiters.setdefault(key, set()).add(event)
     try:
         yield event

@@ -80,7 +80,7 @@ async def disable_principal(session: AsyncSession, principal_id: UUID, *, caller
     now = await clock(session)
     principal.disabled_at = now
     await end_keys(session, principal.id, now=now)
-    await append(
+    append(
         session,
         PLATFORM,
         EventKind.PRINCIPAL_DISABLED,
@@ -173,7 +173,7 @@ async def rotate_key(session: AsyncSession, key_id: str, body: RotateApiKey, *, 
         now=now,
         replaces_id=key.id,
     )
-    await append(
+    append(
         session,
         PLATFORM,
         EventKind.KEY_ROTATED,
@@ -202,7 +202,7 @@ async def revoke_key(session: AsyncSession, key_id: str, *, caller: Caller) -> A
     if key.revoked_at is None:
         now = await clock(session)
         key.revoked_at = now
-        await append(
+        append(
             session,
             PLATFORM,
             EventKind.KEY_REVOKED,
@@ -275,7 +275,7 @@ def _shown(key: ApiKey, issued: Issued) -> ApiKeyIssued:
 
 
 async def _note_principal(session: AsyncSession, principal: Principal, *, at: datetime, actor: str) -> None:
-    await append(
+    append(
         session,
         PLATFORM,
         EventKind.PRINCIPAL_CREATED,
@@ -289,7 +289,7 @@ async def _note_principal(session: AsyncSession, principal: Principal, *, at: da
 
 
 async def _note_key(session: AsyncSession, key: ApiKey, *, at: datetime, actor: str) -> None:
-    await append(
+    append(
         session,
         PLATFORM,
         EventKind.KEY_ISSUED,

@@ -102,7 +102,7 @@ def _columns(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _announced(session: AsyncSession, dataset: Dataset, *, at: datetime, actor: str) -> None:
-    await append(
+    append(
         session,
         organization_stream(dataset.organization_id),
         EventKind.DATASET_ANNOUNCED,
@@ -172,7 +172,7 @@ async def set_policy(session: AsyncSession, dataset_id: UUID, policy: UsePolicy,
 async def _decided(
     session: AsyncSession, dataset: Dataset, kind: EventKind, *, at: datetime, caller: Caller, **data: Any
 ) -> None:
-    await append(
+    append(
         session,
         organization_stream(dataset.organization_id),
         kind,

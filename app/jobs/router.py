@@ -16,7 +16,6 @@ from app.blobs import checkpoint_key
 from app.dependencies import (
     BriefJobReader,
     BriefJobWriter,
-    BriefModelReader,
     Credentials,
     JobReader,
     JobWriter,
@@ -25,6 +24,7 @@ from app.dependencies import (
     Repeatable,
     Transaction,
     authenticate,
+    check_scope,
 )
 from app.errors import (
     BodyTooLarge,
@@ -44,6 +44,7 @@ from app.problems import refuses
 from isthmus.wire.base import Digest, Page, format_repr_digest, parse_repr_digest
 from isthmus.wire.events import EventView
 from isthmus.wire.jobs import CancelJob, CreateJob, JobState, JobView, ParticipationView
+from isthmus.wire.organizations import Scope
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import CheckpointView, RoundMetrics, RoundView
 from isthmus.wire.version import DIGEST_HEADER, EVENTS_MEDIA_TYPE, TENSORS_MEDIA_TYPE
@@ -174,9 +175,10 @@ async def get_model(job_id: UUID, request: Request, parts: PartsOf, caller: Brie
     response_class=FileResponse,
     responses={**_TENSORS, **refuses(ProblemCode.NOT_FOUND, ProblemCode.RANGE_NOT_SATISFIABLE)},
 )
-async def get_checkpoint(digest: Digest, request: Request, parts: PartsOf, caller: BriefModelReader) -> Response:
+async def get_checkpoint(digest: Digest, request: Request, parts: PartsOf, credentials: Credentials) -> Response:
     """A model by its digest. The bytes behind a digest never change, so keep them as long as you like."""
-    async with parts.sessions() as session:
+    async with parts.sessions.begin() as session:
+        caller = check_scope(await authenticate(session, credentials), Scope.JOBS_READ, Scope.TASKS)
         await queries.require_checkpoint(session, caller, digest)
     return await _checkpoint(parts, request, digest, immutable=True)
 

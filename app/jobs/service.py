@@ -43,7 +43,7 @@ async def create_job(session: AsyncSession, caller: Caller, asked: JobSpec) -> U
     session.add(job)
     await session.flush()
     stream = job_stream(job.id)
-    await append(
+    append(
         session, stream, EventKind.JOB_CREATED, at=now, actor=caller.name, name=job.name, spec_digest=job.spec_digest
     )
     return job.id
@@ -83,7 +83,7 @@ async def set_model(
     checkpoint.digest, checkpoint.size_bytes = stored.digest, stored.size_bytes
     job.model_digest, job.manifest = stored.digest, manifest.model_dump(mode="json")
     stream = job_stream(job_id)
-    await append(session, stream, EventKind.MODEL_UPLOADED, at=now, actor=caller.name, digest=stored.digest)
+    append(session, stream, EventKind.MODEL_UPLOADED, at=now, actor=caller.name, digest=stored.digest)
 
 
 async def start(session: AsyncSession, caller: Caller, job_id: UUID) -> None:
@@ -102,7 +102,7 @@ async def start(session: AsyncSession, caller: Caller, job_id: UUID) -> None:
     owner = (await session.scalars(select(Principal).where(Principal.id == caller.principal_id))).one()
     now = await clock(session)
     job.state, job.started_at = state, now
-    await append(session, job_stream(job_id), EventKind.JOB_STARTED, at=now, actor=caller.name, model=job.model_digest)
+    append(session, job_stream(job_id), EventKind.JOB_STARTED, at=now, actor=caller.name, model=job.model_digest)
     await request_participations(session, job, owner, now)
     await begin_if_enough(session, job, now)
     await announce_change(session, job_id)
@@ -120,7 +120,7 @@ async def pause(session: AsyncSession, caller: Caller, job_id: UUID) -> None:
     now = await clock(session)
     job.reason, job.detail, job.paused_at = JobReason.BY_REQUEST, f"Paused by {caller.name}.", now
     stream = job_stream(job_id)
-    await append(session, stream, EventKind.JOB_PAUSED, at=now, actor=caller.name, reason=job.reason.value)
+    append(session, stream, EventKind.JOB_PAUSED, at=now, actor=caller.name, reason=job.reason.value)
     await announce_change(session, job_id)
 
 
@@ -136,7 +136,7 @@ async def resume(session: AsyncSession, queue: Queue, caller: Caller, job_id: UU
     job.state = advance_job(job.state, JobEvent.RESUMED)
     now = await clock(session)
     paused_at, job.paused_at, job.reason, job.detail = job.paused_at, None, None, None
-    await append(session, job_stream(job_id), EventKind.JOB_RESUMED, at=now, actor=caller.name)
+    append(session, job_stream(job_id), EventKind.JOB_RESUMED, at=now, actor=caller.name)
     if of is None:
         await proceed(session, job, await last_finished_number(session, job_id), now)
     elif of.phase is RoundPhase.COLLECTING:

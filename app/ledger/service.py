@@ -1,6 +1,5 @@
 """Charging a dataset for a release, before a byte of it is read."""
 
-from datetime import datetime
 from uuid import UUID
 
 from sqlalchemy import func, select
@@ -8,7 +7,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.errors import UpdateConflict
-from app.models import Dataset, LedgerEntry
+from app.models import LedgerEntry
 from isthmus.wire.ledger import LedgerKind
 
 
@@ -24,12 +23,11 @@ async def charge(
     noise_multiplier: float,
     elements: int,
     digest: str,
-    now: datetime,
 ) -> LedgerEntry:
     """Append the one entry for a release. The same bytes again are charged nothing and get the entry that stands.
 
-    Locks the dataset's row, last of all locks, because its entries are numbered without gaps: two statements, and a
-    third one for a repetition. The lock is a statement of its own, so that the next one sees what it waited for.
+    Needs the lock of the dataset's row, the last of all locks, taken by an earlier statement: its entries are numbered
+    without gaps, and this one must see what that one waited for. The entry's time is Postgres's, read under that lock.
 
     Guarantees:
         (participation, round, release) has at most one entry, whatever runs at the same time;
@@ -38,7 +36,6 @@ async def charge(
     Raises:
         UpdateConflict: other bytes were charged for this participation, round and release.
     """
-    await session.execute(select(Dataset.id).where(Dataset.id == dataset_id).with_for_update(key_share=True))
     last = select(func.coalesce(func.max(LedgerEntry.sequence), 0)).where(LedgerEntry.dataset_id == dataset_id)
     appended = await session.scalars(
         insert(LedgerEntry)
@@ -54,7 +51,7 @@ async def charge(
             noise_multiplier=noise_multiplier,
             elements=elements,
             digest=digest,
-            created_at=now,
+            created_at=func.clock_timestamp(),
         )
         .on_conflict_do_nothing(constraint="uq_ledger_entries_charge_key")
         .returning(LedgerEntry)

@@ -35,7 +35,7 @@ async def create_organization(session: AsyncSession, body: CreateOrganization, *
     organization = created.one_or_none()
     if organization is None:
         raise NameTaken("organization", body.name)
-    await append(
+    append(
         session,
         PLATFORM,
         EventKind.ORGANIZATION_CREATED,
@@ -68,7 +68,7 @@ async def issue_enrollment_token(
     )
     session.add(token)
     await session.flush()
-    await append(
+    append(
         session,
         organization_stream(organization.id),
         EventKind.ENROLLMENT_TOKEN_ISSUED,

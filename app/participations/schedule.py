@@ -47,7 +47,7 @@ async def expire_grant(session: AsyncSession, queue: Queue, job_id: UUID, partic
     name = await name_of(session, participation)
     await end_grant(session, participation, ParticipationState.EXPIRED, "The grant's time has passed.", now)
     await cancel_tasks(session, [participation.id], "The grant has expired.")
-    await append(session, job_stream(job_id), EventKind.PARTICIPATION_EXPIRED, at=now, dataset=name)
+    append(session, job_stream(job_id), EventKind.PARTICIPATION_EXPIRED, at=now, dataset=name)
     if of is not None and job.state in (JobState.RUNNING, JobState.PAUSED):
         await session.flush()
         await settle(session, queue, job, of, now)

@@ -8,7 +8,7 @@ from procrastinate import App as Queue
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.audit.service import append, append_all, job_stream
+from app.audit.service import append, job_stream
 from app.blobs import BlobStore
 from app.database import clock
 from app.dependencies import Caller
@@ -120,7 +120,8 @@ async def _request(
         grant.participation_id = participation.id
         session.add(grant)
         await session.flush()
-    await append_all(session, job_stream(job.id), events, at=now, actor=owner.name)
+    for kind, data in events:
+        append(session, job_stream(job.id), kind, at=now, actor=owner.name, **data)
 
 
 def _granted(name: str, grant: Grant) -> dict[str, object]:
@@ -177,7 +178,7 @@ async def approve(session: AsyncSession, caller: Caller, participation_id: UUID,
     participation.declared_rows = dataset.rows
     await session.flush()
     name = f"{organization}/{dataset.name}"
-    await append(
+    append(
         session,
         job_stream(job_id),
         EventKind.PARTICIPATION_APPROVED,
@@ -204,7 +205,7 @@ async def reject(session: AsyncSession, caller: Caller, participation_id: UUID, 
     participation.state, participation.detail = ParticipationState.REJECTED, note
     now = await clock(session)
     stream = job_stream(job_id)
-    await append(
+    append(
         session,
         stream,
         EventKind.PARTICIPATION_REJECTED,
@@ -242,7 +243,7 @@ async def withdraw(
         deleted = await _exclude(session, job, of, participation, name, now)
         await cancel_tasks(session, [participation.id], "The grant was withdrawn.")
         await session.flush()
-    await append(
+    append(
         session,
         job_stream(job_id),
         EventKind.PARTICIPATION_WITHDRAWN,
@@ -283,7 +284,7 @@ async def _exclude(
         .where(Task.id == accepted.task_id)
         .values(state=TaskState.CANCELLED, detail="The grant was withdrawn after the update was in; it was deleted.")
     )
-    await append(
+    append(
         session,
         job_stream(job.id),
         EventKind.UPDATE_EXCLUDED,

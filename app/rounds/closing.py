@@ -21,9 +21,10 @@ from app.models import Dataset, Job, Participation, Round, Task
 from app.queue import AGGREGATE_ROUND, defer
 from app.rounds.opening import offer_again, pause_for_want, refill, tell_reopened
 from app.rounds.queries import list_contributions, round_state
+from app.rounds.specs import spec_of
 from app.wakeups import announce_change
 from isthmus.wire.events import EventKind
-from isthmus.wire.jobs import JobReason, JobSpec
+from isthmus.wire.jobs import JobReason
 from isthmus.wire.rounds import TaskState
 
 
@@ -48,14 +49,15 @@ async def _freeze(session: AsyncSession, queue: Queue, job: Job, of: Round, even
     """Fix the set and its order; from here on nothing enters and nothing leaves."""
     of.phase = advance_round(of.phase, event)
     of.frozen_at = of.deferred_at = now
-    if event is RoundEvent.TARGET_REACHED:
-        await _end_open_tasks(session, of, TaskState.CANCELLED, "The round closed: enough updates were in.")
-    else:
-        await _end_open_tasks(session, of, TaskState.EXPIRED, "The round closed at its deadline.")
+    if of.accepted < of.cohort_size:  # else every task brought its update, and none is open
+        if event is RoundEvent.TARGET_REACHED:
+            await _end_open_tasks(session, of, TaskState.CANCELLED, "The round closed: enough updates were in.")
+        else:
+            await _end_open_tasks(session, of, TaskState.EXPIRED, "The round closed at its deadline.")
     contributions = await list_contributions(session, of.id)
     for position, contribution in enumerate(contributions):
         contribution.update.position = position
-    await append(
+    append(
         session,
         job_stream(job.id),
         EventKind.ROUND_FROZEN,
@@ -80,7 +82,7 @@ async def _offer_again(session: AsyncSession, job: Job, of: Round, now: datetime
     """A new attempt: keeps the updates that are in and the tasks whose worker is alive; offers the others once more."""
     of.phase = advance_round(of.phase, RoundEvent.OFFER_MISSING_AGAIN)
     of.attempt += 1
-    of.closes_at = now + timedelta(seconds=JobSpec.model_validate(job.spec).cohort.deadline_s)
+    of.closes_at = now + timedelta(seconds=spec_of(job).cohort.deadline_s)
     missing = or_(
         Task.state.in_(OFFERED_AGAIN),
         Task.state == TaskState.OFFERED,
@@ -128,8 +130,8 @@ async def fail(
     job.state = advance_job(job.state, JobEvent.FAILED)
     job.reason, job.detail, job.ended_at = reason, detail, now
     stream = job_stream(job.id)
-    await append(session, stream, EventKind.ROUND_FAILED, at=now, round=of.number, because=event.value, detail=detail)
-    await append(session, stream, EventKind.JOB_FAILED, at=now, reason=reason.value, detail=detail)
+    append(session, stream, EventKind.ROUND_FAILED, at=now, round=of.number, because=event.value, detail=detail)
+    append(session, stream, EventKind.JOB_FAILED, at=now, reason=reason.value, detail=detail)
     await announce_change(session, job.id)
 
 
@@ -143,8 +145,8 @@ async def cancel(session: AsyncSession, job: Job, of: Round | None, note: str, a
         of.phase = advance_round(of.phase, RoundEvent.JOB_CANCELLED)
         of.detail, of.completed_at = "The job was cancelled.", now
         await _end_open_tasks(session, of, TaskState.CANCELLED, "The job was cancelled.")
-        await append(session, stream, EventKind.ROUND_CANCELLED, at=now, actor=actor, round=of.number)
-    await append(session, stream, EventKind.JOB_CANCELLED, at=now, actor=actor, note=note)
+        append(session, stream, EventKind.ROUND_CANCELLED, at=now, actor=actor, round=of.number)
+    append(session, stream, EventKind.JOB_CANCELLED, at=now, actor=actor, note=note)
     await announce_change(session, job.id)
 
 

@@ -1,39 +1,38 @@
 """The life of a task before its upload: claim, heartbeat, refuse, fail; and leases that lapse."""
 
 from collections.abc import Sequence
-from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from procrastinate import App as Queue
-from sqlalchemy import func, select, update
+from sqlalchemy import exists, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
-from app.audit.service import append, append_all, job_stream
+from app.audit.service import append, job_stream
 from app.database import clock
 from app.errors import LeaseLost, TaskNotClaimed, TaskNotOpen
 from app.models import Checkpoint, Dataset, Grant, Job, Organization, Participation, Principal, Round, Task, Worker
 from app.rounds.closing import settle
-from app.rounds.queries import get_job, get_round, get_task
+from app.rounds.queries import get_task, hold_round, hold_task
+from app.rounds.specs import manifest_of, manifest_of_task, spec_of
 from app.settings import Settings
 from app.wakeups import announce_change
 from isthmus.wire.data import FeatureStatistics
 from isthmus.wire.datasets import DatasetState
 from isthmus.wire.events import EventKind
-from isthmus.wire.jobs import JobSpec, JobState, ParticipationState
-from isthmus.wire.manifest import Manifest
+from isthmus.wire.jobs import JobState, ParticipationState
 from isthmus.wire.rounds import (
     HeartbeatReceipt,
     ModelReference,
     RoundPhase,
     TaskOffer,
     TaskState,
-    task_manifest,
 )
 from isthmus.wire.version import API_PREFIX
 
-SEEN_EVERY = timedelta(seconds=10)
+SOMETHING_ON_OFFER: Final = exists().where(Task.worker_id == Worker.id, Task.state == TaskState.OFFERED)
+"""Whether it is worth while to claim, asked about a `Worker` of the enclosing statement; an index answers it."""
 
 
 async def claim_task(
@@ -66,51 +65,43 @@ async def claim_task(
     )
     if datasets is not None:
         candidate = candidate.where(Dataset.name.in_(datasets))
-    claimed = await session.execute(
+    claimed = (
         update(Task)
         .where(Task.id == candidate.scalar_subquery())
         .values(
             state=TaskState.CLAIMED,
             lease_expires_at=func.clock_timestamp() + settings.lease,
         )
-        .returning(Task.id)
+        .returning(Task.id, Task.kind, Task.fence, Task.attempt, Task.job_id, Task.round_id, Task.participation_id)
+        .cte("claimed")
     )
-    task_id = claimed.scalar_one_or_none()
-    return None if task_id is None else await _offer(session, settings, task_id)
-
-
-async def note_worker(session: AsyncSession, worker_id: UUID) -> None:
-    """Note that the worker was heard of, at most once in SEEN_EVERY."""
-    stale = func.coalesce(Worker.last_seen_at < func.clock_timestamp() - SEEN_EVERY, True)
-    await session.execute(
-        update(Worker).where(Worker.id == worker_id, stale).values(last_seen_at=func.clock_timestamp())
+    found = await session.execute(
+        select(claimed, Job, Round, Participation, Grant, Dataset.name, Organization.name, Principal.name, Checkpoint)
+        .join(Job, Job.id == claimed.c.job_id)
+        .join(Round, Round.id == claimed.c.round_id)
+        .join(Participation, Participation.id == claimed.c.participation_id)
+        .outerjoin(Grant, Grant.participation_id == Participation.id)
+        .join(Dataset, Dataset.id == Participation.dataset_id)
+        .join(Organization, Organization.id == Dataset.organization_id)
+        .join(Principal, Principal.id == Job.owner_id)
+        .outerjoin(Checkpoint, (Checkpoint.job_id == Job.id) & (Checkpoint.digest == Round.model_digest))
+        .order_by(Checkpoint.round_number.desc())
+        .limit(1)
     )
+    row = found.one_or_none()
+    return None if row is None else _offer(settings, tuple(row))
 
 
-async def _offer(session: AsyncSession, settings: Settings, task_id: UUID) -> TaskOffer:
-    row = (
-        await session.execute(
-            select(Task, Job, Round, Participation, Grant, Dataset.name, Organization.name, Principal.name, Checkpoint)
-            .join(Job, Job.id == Task.job_id)
-            .join(Round, Round.id == Task.round_id)
-            .join(Participation, Participation.id == Task.participation_id)
-            .join(Grant, Grant.participation_id == Participation.id)
-            .join(Dataset, Dataset.id == Participation.dataset_id)
-            .join(Organization, Organization.id == Dataset.organization_id)
-            .join(Principal, Principal.id == Job.owner_id)
-            .join(Checkpoint, (Checkpoint.job_id == Job.id) & (Checkpoint.digest == Round.model_digest))
-            .where(Task.id == task_id)
-            .order_by(Checkpoint.round_number.desc())
-            .limit(1)
-        )
-    ).one()
-    task, job, of, participation, grant, dataset, organization, owner, checkpoint = row
-    spec = JobSpec.model_validate(job.spec)
-    manifest = Manifest.model_validate(job.manifest)
+def _offer(settings: Settings, row: tuple[Any, ...]) -> TaskOffer:
+    task_id, kind, fence, attempt, *_, job, of, participation, grant, dataset, organization, owner, checkpoint = row
+    assert grant is not None, "an approved participation has its grant"
+    assert checkpoint is not None, "a round starts from a checkpoint of its job"
+    spec = spec_of(job)
+    manifest = manifest_of(job)
     return TaskOffer(
-        task_id=task.id,
-        kind=task.kind,
-        fence=task.fence,
+        task_id=task_id,
+        kind=kind,
+        fence=fence,
         lease_s=settings.lease.total_seconds(),
         heartbeat_s=settings.heartbeat.total_seconds(),
         job_id=job.id,
@@ -125,7 +116,7 @@ async def _offer(session: AsyncSession, settings: Settings, task_id: UUID) -> Ta
         organization=organization,
         dataset=dataset,
         round_number=of.number,
-        attempt=task.attempt,
+        attempt=attempt,
         closes_at=of.closes_at,
         job_seed=spec.seed or "",  # never empty: the service draws one when the job is created
         model=ModelReference(
@@ -134,7 +125,7 @@ async def _offer(session: AsyncSession, settings: Settings, task_id: UUID) -> Ta
             size_bytes=checkpoint.size_bytes,
         ),
         model_manifest=manifest,
-        upload_manifest=task_manifest(task.kind, spec, of.number, manifest),
+        upload_manifest=manifest_of_task(job, kind, of.number),
         statistics=None if job.statistics is None else FeatureStatistics.model_validate(job.statistics),
     )
 
@@ -187,10 +178,8 @@ async def end_task(
         LeaseLost: the fence has moved on.
         TaskNotOpen, TaskNotClaimed: there is nothing to give up.
     """
-    seen = await get_task(session, task_id, worker_id)
-    job = await get_job(session, seen.job_id, "update")
-    of = await get_round(session, seen.round_id, "update")
-    task = await get_task(session, task_id, worker_id, "update")
+    held = await hold_task(session, task_id, worker_id, "accept")
+    job, of, task = held.job, held.of, held.task
     if task.fence != fence:
         raise LeaseLost
     if task.state is state:
@@ -203,7 +192,7 @@ async def end_task(
     await session.flush()
     now = await clock(session)
     kind = EventKind.TASK_REFUSED if state is TaskState.REFUSED else EventKind.TASK_FAILED
-    await append(session, job_stream(job.id), kind, at=now, actor=actor, round=of.number, reason=reason)
+    append(session, job_stream(job.id), kind, at=now, actor=actor, round=of.number, reason=reason)
     if job.state in (JobState.RUNNING, JobState.PAUSED):
         await settle(session, queue, job, of, now)
     await announce_change(session, job.id)
@@ -223,8 +212,7 @@ async def list_lapsed(session: AsyncSession) -> Sequence[tuple[UUID, UUID]]:
 
 async def lapse_leases(session: AsyncSession, job_id: UUID, round_id: UUID) -> int:
     """Take leases away that have passed: each task is offered again under the next fence. How many there were."""
-    await get_job(session, job_id, "update")
-    await get_round(session, round_id, "update")
+    await hold_round(session, round_id)
     now = await clock(session)
     taken = await session.execute(
         update(Task)
@@ -242,10 +230,9 @@ async def lapse_leases(session: AsyncSession, job_id: UUID, round_id: UUID) -> i
         )
         .returning(Task.id, Task.fence)
     )
-    lost: list[tuple[EventKind, dict[str, Any]]] = [
-        (EventKind.LEASE_LOST, {"task_id": str(task_id), "fence": fence}) for task_id, fence in sorted(taken.all())
-    ]
+    lost = sorted(taken.all())
+    for task_id, fence in lost:
+        append(session, job_stream(job_id), EventKind.LEASE_LOST, at=now, task_id=str(task_id), fence=fence)
     if lost:
-        await append_all(session, job_stream(job_id), lost, at=now)
         await announce_change(session, job_id)
     return len(lost)

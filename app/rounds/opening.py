@@ -8,10 +8,11 @@ from uuid import UUID
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.audit.service import append, append_all, job_stream
+from app.audit.service import append, job_stream
 from app.federation.lifecycle import JobEvent, RoundEvent, advance_job, advance_round
 from app.models import Grant, Job, Participation, Round, Task
 from app.rounds.queries import Candidate, list_candidates, list_unasked
+from app.rounds.specs import spec_of
 from app.wakeups import announce_change
 from isthmus.federation.cohort import Cohort, TooFewParticipations, draw_cohort
 from isthmus.wire.events import EventKind
@@ -39,14 +40,14 @@ async def begin_if_enough(session: AsyncSession, job: Job, now: datetime) -> Non
     """
     if job.state is not JobState.AWAITING_APPROVAL:
         return
-    spec = JobSpec.model_validate(job.spec)
+    spec = spec_of(job)
     candidates = await list_candidates(session, job.id, now)
     if len(candidates) < spec.cohort.min_updates:
         await _fail_if_hopeless(session, job, spec.cohort.min_updates, now)
         return
     job.state = advance_job(job.state, JobEvent.ENOUGH_APPROVED)
     job.reason, job.detail = None, None
-    await append(session, job_stream(job.id), EventKind.JOB_RUNNING, at=now, approved=len(candidates))
+    append(session, job_stream(job.id), EventKind.JOB_RUNNING, at=now, approved=len(candidates))
     await proceed(session, job, None, now)
 
 
@@ -66,7 +67,7 @@ async def _fail_if_hopeless(session: AsyncSession, job: Job, needed: int, now: d
     job.reason, job.ended_at = JobReason.TOO_FEW_PARTICIPATIONS, now
     listed = ", ".join(f"{count} {state.value}" for state, count in counts.items())
     job.detail = f"The job needs {needed} participations; of those that were asked, {listed}."
-    await append(session, job_stream(job.id), EventKind.JOB_FAILED, at=now, reason=job.reason.value, detail=job.detail)
+    append(session, job_stream(job.id), EventKind.JOB_FAILED, at=now, reason=job.reason.value, detail=job.detail)
     await announce_change(session, job.id)
 
 
@@ -75,7 +76,7 @@ async def proceed(session: AsyncSession, job: Job, last: int | None, now: dateti
 
     A paused job waits: nothing is opened until it is resumed.
     """
-    spec = JobSpec.model_validate(job.spec)
+    spec = spec_of(job)
     number = number_after(spec, last)
     if number is None:
         await _complete(session, job, now)
@@ -132,15 +133,15 @@ async def _with_rounds_left(session: AsyncSession, job: Job, kind: TaskKind, now
             .values(state=ParticipationState.EXHAUSTED, detail="All rounds of its grant are used.")
         )
         await session.execute(update(Grant).where(Grant.participation_id.in_(ids)).values(ended_at=now))
-        await append_all(
-            session,
-            job_stream(job.id),
-            [
-                (EventKind.PARTICIPATION_EXHAUSTED, {"organization": gone.organization, "dataset": gone.dataset})
-                for gone in used_up
-            ],
-            at=now,
-        )
+        for gone in used_up:
+            append(
+                session,
+                job_stream(job.id),
+                EventKind.PARTICIPATION_EXHAUSTED,
+                at=now,
+                organization=gone.organization,
+                dataset=gone.dataset,
+            )
     return [candidate for candidate in candidates if candidate.rounds_left > 0]
 
 
@@ -174,7 +175,7 @@ async def _open(
     session.add(opened)
     await session.flush()
     session.add_all(_task(job.id, opened, by_names[chosen], now) for chosen in cohort.chosen)
-    await append(
+    append(
         session,
         job_stream(job.id),
         EventKind.ROUND_OPENED,
@@ -226,7 +227,7 @@ async def refill(session: AsyncSession, job: Job, of: Round, now: datetime) -> N
 
 async def tell_reopened(session: AsyncSession, job: Job, of: Round, now: datetime, **what: Any) -> None:
     """Record that an open round has tasks on offer again, and wake whom it concerns."""
-    await append(
+    append(
         session,
         job_stream(job.id),
         EventKind.ROUND_REOPENED,
@@ -254,7 +255,7 @@ async def pause_for_want(session: AsyncSession, job: Job, needed: int, now: date
     job.detail = (
         f"The round needs {needed} participations; {present} are approved and able to take part. Get more, then resume."
     )
-    await append(session, job_stream(job.id), EventKind.JOB_PAUSED, at=now, reason=job.reason.value, detail=job.detail)
+    append(session, job_stream(job.id), EventKind.JOB_PAUSED, at=now, reason=job.reason.value, detail=job.detail)
     await announce_change(session, job.id)
 
 
@@ -262,7 +263,7 @@ async def _complete(session: AsyncSession, job: Job, now: datetime) -> None:
     job.state = advance_job(job.state, JobEvent.COMPLETED)
     job.reason, job.ended_at = JobReason.ALL_ROUNDS_DONE, now
     job.detail = f"All {job.rounds_completed} rounds are done."
-    await append(
+    append(
         session,
         job_stream(job.id),
         EventKind.JOB_COMPLETED,

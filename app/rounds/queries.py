@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Final, Literal
 from uuid import UUID
 
-from sqlalchemy import Select, exists, func, select
+from sqlalchemy import Select, bindparam, exists, func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.errors import NotFound
 from app.federation.lifecycle import OFFERED_AGAIN, OPEN_TASKS, RoundState
 from app.models import Checkpoint, Dataset, Grant, Job, Organization, Participation, Round, Task, Update, Worker
+from app.models.base import UtcDateTime
 from isthmus.wire.datasets import DatasetState
 from isthmus.wire.jobs import JobState, ParticipationState
 from isthmus.wire.rounds import RoundPhase, TaskKind, TaskState, TaskView
@@ -49,6 +50,27 @@ async def get_round(session: AsyncSession, round_id: UUID, lock: Lock = None) ->
     return found
 
 
+_ROUND_WITH_JOB: Final = (
+    select(Job, Round)
+    .join(Round, Round.job_id == Job.id)
+    .where(Round.id == bindparam("round_id"))
+    .execution_options(populate_existing=True)
+    .suffix_with(text("FOR UPDATE OF jobs, rounds"))  # in this order: see `hold_task`
+)
+
+
+async def hold_round(session: AsyncSession, round_id: UUID) -> tuple[Job, Round]:
+    """A round and its job, locked alone, the job first, in one statement.
+
+    Raises:
+        NotFound: there is none.
+    """
+    row = (await session.execute(_ROUND_WITH_JOB, {"round_id": round_id})).one_or_none()
+    if row is None:
+        raise NotFound("round", round_id)
+    return row[0], row[1]
+
+
 async def find_open_round(session: AsyncSession, job_id: UUID, lock: Lock = None) -> Round | None:
     """The job's one round that collects or aggregates, if any."""
     statement = select(Round).where(
@@ -73,7 +95,63 @@ async def get_task(session: AsyncSession, task_id: UUID, worker_id: UUID | None,
 
 async def find_update(session: AsyncSession, task_id: UUID) -> Update | None:
     """The task's accepted update, if any."""
-    return (await session.scalars(select(Update).where(Update.task_id == task_id))).one_or_none()
+    return (await session.scalars(_UPDATE, {"task_id": task_id})).one_or_none()
+
+
+_UPDATE: Final = select(Update).where(Update.task_id == bindparam("task_id"))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTask:
+    """A task and all that stands above and beside it, read together under their locks."""
+
+    job: Job
+    of: Round
+    task: Task
+    participation: Participation
+    grant: Grant
+    dataset_id: UUID
+    dataset: str
+    dataset_state: DatasetState
+    organization: str
+
+
+_HELD: Final = (
+    select(Job, Round, Task, Participation, Grant, Dataset.id, Dataset.name, Dataset.state, Organization.name)
+    .select_from(Task)
+    .join(Job, Job.id == Task.job_id)
+    .join(Round, Round.id == Task.round_id)
+    .join(Participation, Participation.id == Task.participation_id)
+    .join(Grant, Grant.participation_id == Participation.id)
+    .join(Dataset, Dataset.id == Participation.dataset_id)
+    .join(Organization, Organization.id == Dataset.organization_id)
+    .where(Task.id == bindparam("task_id"), Task.worker_id == bindparam("worker_id"))
+    .execution_options(populate_existing=True)
+)
+# Postgres locks a row's tables in the order in which the clauses name them, and then judges the newest versions.
+_ADMITTING: Final = _HELD.suffix_with(
+    text("FOR SHARE OF jobs, rounds FOR UPDATE OF tasks, participations, grants FOR NO KEY UPDATE OF datasets")
+)
+_ACCEPTING: Final = _HELD.suffix_with(text("FOR UPDATE OF jobs, rounds, tasks FOR SHARE OF participations"))
+
+
+async def hold_task(
+    session: AsyncSession, task_id: UUID, worker_id: UUID, purpose: Literal["admit", "accept"]
+) -> HeldTask:
+    """The worker's task, locked with what decides about it, in the order of the house and in one statement.
+
+    To `admit`, a job and a round are only shared: admissions of one round do not wait for each other; the dataset is
+    locked last, for its ledger. To `accept` or to end a task, job and round are locked alone.
+
+    Raises:
+        NotFound: the task is not the worker's, or there is none.
+    """
+    statement = _ADMITTING if purpose == "admit" else _ACCEPTING
+    found = await session.execute(statement, {"task_id": task_id, "worker_id": worker_id})
+    row = found.one_or_none()
+    if row is None:
+        raise NotFound("task", task_id)
+    return HeldTask(*row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,35 +167,29 @@ class Candidate:
 
 async def list_candidates(session: AsyncSession, job_id: UUID, now: datetime) -> Sequence[Candidate]:
     """Approved participations with a grant that holds at `now`, a confirmed dataset and a worker not revoked."""
-    found = await session.execute(
-        select(Participation.id, Organization.name, Dataset.name, Dataset.worker_id, Grant.rounds - Grant.rounds_used)
-        .join(Grant, Grant.participation_id == Participation.id)
-        .join(Dataset, Dataset.id == Participation.dataset_id)
-        .join(Organization, Organization.id == Dataset.organization_id)
-        .join(Worker, Worker.id == Dataset.worker_id)
-        .where(
-            Participation.job_id == job_id,
-            Participation.state == ParticipationState.APPROVED,
-            Grant.ended_at.is_(None),
-            Grant.expires_at > now,
-            Dataset.state == DatasetState.CONFIRMED,
-            Worker.revoked_at.is_(None),
-        )
-    )
+    found = await session.execute(_CANDIDATES, {"job_id": job_id, "now": now})
     return [Candidate(*row) for row in found]
+
+
+_CANDIDATES: Final = (
+    select(Participation.id, Organization.name, Dataset.name, Dataset.worker_id, Grant.rounds - Grant.rounds_used)
+    .join(Grant, Grant.participation_id == Participation.id)
+    .join(Dataset, Dataset.id == Participation.dataset_id)
+    .join(Organization, Organization.id == Dataset.organization_id)
+    .join(Worker, Worker.id == Dataset.worker_id)
+    .where(
+        Participation.job_id == bindparam("job_id"),
+        Participation.state == ParticipationState.APPROVED,
+        Grant.ended_at.is_(None),
+        Grant.expires_at > bindparam("now", type_=UtcDateTime()),
+        Dataset.state == DatasetState.CONFIRMED,
+        Worker.revoked_at.is_(None),
+    )
+)
 
 
 async def round_state(session: AsyncSession, job: Job, of: Round, now: datetime) -> RoundState:
     """All that decides what is due for the round, read under its lock."""
-    open_tasks, offered_again, uploading_until = (
-        await session.execute(
-            select(
-                func.count().filter(Task.state.in_(OPEN_TASKS)),
-                func.count().filter(Task.state.in_(OFFERED_AGAIN)),
-                func.max(Task.progress_until).filter(Task.state == TaskState.UPLOADING),
-            ).where(Task.round_id == of.id)
-        )
-    ).one()
     state = RoundState(
         phase=of.phase,
         paused=job.state is JobState.PAUSED,
@@ -126,17 +198,33 @@ async def round_state(session: AsyncSession, job: Job, of: Round, now: datetime)
         min_updates=of.min_updates,
         attempt=of.attempt,
         attempts=of.attempts,
-        open_tasks=open_tasks,
-        offered_again=offered_again,
+        open_tasks=0,
+        offered_again=0,
         able=0,
         unasked=0,
         closes_at=of.closes_at,
+        uploading_until=None,
+    )
+    if of.accepted >= of.target_updates:  # that decides alone, whatever its tasks do
+        return state
+    open_tasks, offered_again, uploading_until = (await session.execute(_TASKS_OF_ROUND, {"round_id": of.id})).one()
+    state = replace(
+        state,
+        open_tasks=open_tasks,
+        offered_again=offered_again,
         uploading_until=None if uploading_until is None else min(uploading_until, graced(of)),
     )
     if state.can_be_filled:
         return state
     able = await list_candidates(session, job.id, now)
     return replace(state, able=len(able), unasked=len(await list_unasked(session, of, able)))
+
+
+_TASKS_OF_ROUND: Final = select(
+    func.count().filter(Task.state.in_(OPEN_TASKS)),
+    func.count().filter(Task.state.in_(OFFERED_AGAIN)),
+    func.max(Task.progress_until).filter(Task.state == TaskState.UPLOADING),
+).where(Task.round_id == bindparam("round_id"))
 
 
 async def list_unasked(session: AsyncSession, of: Round, able: Sequence[Candidate]) -> list[Candidate]:
@@ -167,15 +255,18 @@ class Contribution:
 
 async def list_contributions(session: AsyncSession, round_id: UUID) -> list[Contribution]:
     """The round's accepted updates that were not excluded, in canonical order: by names, as code points."""
-    found = await session.execute(
-        select(Update, Organization.name, Dataset.name)
-        .join(Participation, Participation.id == Update.participation_id)
-        .join(Dataset, Dataset.id == Participation.dataset_id)
-        .join(Organization, Organization.id == Dataset.organization_id)
-        .where(Update.round_id == round_id, Update.excluded.is_(False))
-    )
+    found = await session.execute(_CONTRIBUTIONS, {"round_id": round_id})
     contributions = [Contribution(*row) for row in found]
     return sorted(contributions, key=lambda item: (item.organization, item.dataset))
+
+
+_CONTRIBUTIONS: Final = (
+    select(Update, Organization.name, Dataset.name)
+    .join(Participation, Participation.id == Update.participation_id)
+    .join(Dataset, Dataset.id == Participation.dataset_id)
+    .join(Organization, Organization.id == Dataset.organization_id)
+    .where(Update.round_id == bindparam("round_id"), Update.excluded.is_(False))
+)
 
 
 async def last_finished_number(session: AsyncSession, job_id: UUID) -> int | None:

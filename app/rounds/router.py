@@ -9,12 +9,23 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from app.blobs import update_key
-from app.dependencies import Agent, BriefAgent, Caller, Parts, PartsOf, Transaction
+from app.dependencies import (
+    Agent,
+    Caller,
+    Credentials,
+    Parts,
+    PartsOf,
+    Transaction,
+    authenticate,
+    authenticate_asking,
+    check_scope,
+)
 from app.errors import Forbidden, InvalidRequest, LengthRequired, NormTooLarge, UnsupportedMediaType
 from app.problems import refuses
 from app.rounds import offers, queries, uploads
 from isthmus.codec.errors import CodecError
 from isthmus.wire.base import parse_repr_digest
+from isthmus.wire.organizations import Scope
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import (
     ClaimTask,
@@ -73,34 +84,37 @@ async def _upload_headers(
 async def claim(
     body: ClaimTask,
     parts: PartsOf,
-    caller: BriefAgent,
+    credentials: Credentials,
     request: Request,
     wait: Annotated[float, Query(ge=0, le=300, description="Seconds to wait for work before answering 204.")] = 0,
-) -> TaskOffer | Response:
+) -> Response:
     """Get the oldest task on offer, under a lease; waits for one to come, without holding a database connection."""
-    worker_id = worker_of(caller)
     ends = time.monotonic() + min(wait, parts.settings.longest_wait.total_seconds())
-    async with parts.wakeups.worker(worker_id) as woken:  # registered before the first look: no offer is missed
-        while True:
+    heard = parts.wakeups.heard  # before the first look: no offer is missed
+    async with parts.sessions.begin() as session:
+        caller, offered = await authenticate_asking(session, credentials, offers.SOMETHING_ON_OFFER)
+        worker_id = worker_of(check_scope(caller, Scope.TASKS))
+    with parts.wakeups.worker(worker_id, heard) as woken:
+        if offered:
+            woken.set()
+        while not parts.wakeups.closing or woken.is_set():
+            try:
+                async with asyncio.timeout(ends - time.monotonic()):
+                    await woken.wait()
+            except TimeoutError:
+                if parts.wakeups.connected.is_set():
+                    break  # whoever waited all the time looks again first of all when it comes back
             woken.clear()
             if await request.is_disconnected():  # an agent that is gone must not take a task along
                 return Response(status_code=204)
-            offer = await _try_claim(parts, worker_id, body)
+            async with parts.sessions.begin() as session:
+                offer = await offers.claim_task(session, parts.settings, worker_id, body.datasets)
             if offer is not None:
-                return offer
-            left = ends - time.monotonic()
-            if left <= 0 or parts.wakeups.closing:
-                return Response(status_code=204, headers={"Retry-After": "1"})
-            try:
-                await asyncio.wait_for(woken.wait(), left)
-            except TimeoutError:
-                continue  # one more look before the 204
-
-
-async def _try_claim(parts: Parts, worker_id: UUID, body: ClaimTask) -> TaskOffer | None:
-    async with parts.sessions.begin() as session:
-        await offers.note_worker(session, worker_id)
-        return await offers.claim_task(session, parts.settings, worker_id, body.datasets)
+                return Response(offer.model_dump_json(by_alias=True), media_type="application/json")
+            if time.monotonic() >= ends:
+                break
+    soon = wait >= 1 and not parts.wakeups.closing  # a caller that waits here is paced by its waiting
+    return Response(status_code=204, headers={"Retry-After": "0" if soon else "1"})
 
 
 @router.get("/{task_id}", summary="One of the worker's own tasks", responses=refuses(ProblemCode.NOT_FOUND))
@@ -150,12 +164,13 @@ async def submit_update(
     headers: Annotated[uploads.UploadHeaders, Depends(_upload_headers)],
     request: Request,
     parts: PartsOf,
-    caller: BriefAgent,
+    credentials: Credentials,
 ) -> UpdateReceipt:
     """Hand in a clipped, noised update. It is admitted, and its release recorded, from the headers; send
     `Expect: 100-continue` and the body after the 100. Repeating the call with the same bytes is safe."""
-    worker_id = worker_of(caller)
     async with parts.sessions.begin() as session:
+        caller = check_scope(await authenticate(session, credentials), Scope.TASKS)
+        worker_id = worker_of(caller)
         admission = await uploads.admit_update(
             session, parts.settings, task_id=task_id, worker_id=worker_id, headers=headers
         )

@@ -9,7 +9,7 @@ from uuid import UUID
 import numpy as np
 from numpy.typing import NDArray
 from procrastinate import App as Queue
-from sqlalchemy import func, select, update
+from sqlalchemy import func, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit.service import append, job_stream
@@ -30,10 +30,12 @@ from app.errors import (
     TensorsMismatch,
     UpdateConflict,
 )
+from app.federation.lifecycle import OPEN_TASKS
 from app.ledger.service import charge
-from app.models import Dataset, Grant, Job, Organization, Participation, Round, Task, Update
+from app.models import Job, Participation, Round, Task, Update
 from app.rounds.closing import settle
-from app.rounds.queries import find_update, get_job, get_round, get_task
+from app.rounds.queries import HeldTask, find_update, hold_task
+from app.rounds.specs import manifest_of_task, spec_of
 from app.settings import Settings
 from app.wakeups import announce_change
 from isthmus.codec.header import length_bounds
@@ -50,7 +52,6 @@ from isthmus.wire.rounds import (
     TaskState,
     UpdateReceipt,
     receipt_bytes,
-    task_manifest,
 )
 from isthmus.wire.strategies import Weighting
 
@@ -161,52 +162,22 @@ async def admit_update(
         UpdateConflict: other bytes were admitted or accepted.
         BodyTooLarge, TensorsMismatch: a body of this length cannot fit the manifest. Nothing is spent.
     """
-    seen = await get_task(session, task_id, worker_id)
-    accepted = await find_update(session, task_id)
-    if accepted is not None:
-        if accepted.digest != headers.digest:
-            raise UpdateConflict
-        return receipt_of(accepted)
-    job = await get_job(session, seen.job_id, "share")
-    of = await get_round(session, seen.round_id, "share")
-    task = await get_task(session, task_id, worker_id, "update")
-    if task.state is TaskState.SUBMITTED:  # accepted while this call waited for the locks
+    held = await hold_task(session, task_id, worker_id, "admit")
+    job, of, task = held.job, held.of, held.task
+    if task.state not in OPEN_TASKS:
         accepted = await find_update(session, task_id)
-        if accepted is not None and accepted.digest == headers.digest:
+        if accepted is not None:
+            if accepted.digest != headers.digest:
+                raise UpdateConflict
             return receipt_of(accepted)
-        raise UpdateConflict
-    participation, grant, confirmed = await _participation(session, task.participation_id)
-    if not confirmed:
+    if held.dataset_state is not DatasetState.CONFIRMED:
         raise DatasetNotConfirmed
-    require_open(job, of, task, participation, headers.fence)
-    spec = JobSpec.model_validate(job.spec)
-    manifest = task_manifest(task.kind, spec, of.number, Manifest.model_validate(job.manifest))
+    require_open(job, of, task, held.participation, headers.fence)
+    spec = spec_of(job)
+    manifest = manifest_of_task(job, task.kind, of.number)
     _require_length(manifest, headers.length, settings.max_update_bytes)
-    model_elements = sum(
-        tensor.elements for name, tensor in manifest.tensors.items() if not name.startswith(("metrics/", "statistics/"))
-    )
     if task.admitted_digest is None:
-        now = await clock(session)
-        if grant.ended_at is not None or grant.expires_at <= now:
-            raise GrantWithdrawn("expired" if grant.ended_at is None else participation.state.value)
-        if task.kind is TaskKind.TRAIN:
-            if grant.rounds_used >= grant.rounds:
-                raise GrantWithdrawn(ParticipationState.EXHAUSTED.value)
-            grant.rounds_used += 1
-        protected = task.kind is TaskKind.TRAIN
-        await charge(
-            session,
-            dataset_id=participation.dataset_id,
-            job_id=job.id,
-            participation_id=participation.id,
-            round_number=of.number,
-            release=task.kind.value,
-            clip_norm=spec.privacy.clip_norm if protected else None,
-            noise_multiplier=spec.privacy.noise_multiplier if protected else 0.0,
-            elements=sum(tensor.elements for tensor in manifest.tensors.values()),
-            digest=headers.digest,
-            now=now,
-        )
+        await _spend(session, held, spec, manifest, headers.digest)
         task.admitted_digest = headers.digest
     elif task.admitted_digest != headers.digest:
         raise UpdateConflict
@@ -218,22 +189,42 @@ async def admit_update(
         kind=task.kind,
         clip_norm=spec.privacy.clip_norm,
         noise_multiplier=spec.privacy.noise_multiplier,
-        elements=model_elements,
+        elements=sum(
+            tensor.elements
+            for name, tensor in manifest.tensors.items()
+            if not name.startswith(("metrics/", "statistics/"))
+        ),
     )
 
 
-async def _participation(session: AsyncSession, participation_id: UUID) -> tuple[Participation, Grant, bool]:
-    """The participation and its grant under their locks, and whether its dataset is confirmed."""
-    row = await session.execute(
-        select(Participation, Grant, Dataset.state == DatasetState.CONFIRMED)
-        .join(Grant, Grant.participation_id == Participation.id)
-        .join(Dataset, Dataset.id == Participation.dataset_id)
-        .where(Participation.id == participation_id)
-        .with_for_update(of=(Participation, Grant))
-        .execution_options(populate_existing=True)
+async def _spend(session: AsyncSession, held: HeldTask, spec: JobSpec, manifest: Manifest, digest: str) -> None:
+    """Charge the dataset and use up one round of the grant.
+
+    Raises:
+        GrantWithdrawn: the grant has ended, or all its rounds are used.
+        UpdateConflict: other bytes were charged for this participation and round.
+    """
+    grant, protected = held.grant, held.task.kind is TaskKind.TRAIN
+    if grant.ended_at is not None:
+        raise GrantWithdrawn(held.participation.state.value)
+    if protected:
+        if grant.rounds_used >= grant.rounds:
+            raise GrantWithdrawn(ParticipationState.EXHAUSTED.value)
+        grant.rounds_used += 1
+    entry = await charge(
+        session,
+        dataset_id=held.dataset_id,
+        job_id=held.job.id,
+        participation_id=held.participation.id,
+        round_number=held.of.number,
+        release=held.task.kind.value,
+        clip_norm=spec.privacy.clip_norm if protected else None,
+        noise_multiplier=spec.privacy.noise_multiplier if protected else 0.0,
+        elements=sum(tensor.elements for tensor in manifest.tensors.values()),
+        digest=digest,
     )
-    participation, grant, confirmed = row.one()
-    return participation, grant, bool(confirmed)
+    if grant.expires_at <= entry.created_at:  # the charge is undone with the transaction
+        raise GrantWithdrawn("expired")
 
 
 def require_open(job: Job, of: Round, task: Task, participation: Participation, fence: int) -> None:
@@ -294,24 +285,15 @@ async def accept_update(
     The same bytes again give the same receipt, even late. Other bytes are refused. If the set is full with this
     update, it is frozen in the same transaction.
     """
-    seen = await get_task(session, task_id, worker_id)
-    job = await get_job(session, seen.job_id, "update")
-    of = await get_round(session, seen.round_id, "update")
-    task = await get_task(session, task_id, worker_id, "update")
-    accepted = await find_update(session, task_id)
-    if accepted is not None:  # looked at under the lock: two equal uploads may race
-        if accepted.digest != stored.digest:
-            raise UpdateConflict
-        return accepted, False
-    row = await session.execute(
-        select(Participation, Dataset.name, Organization.name)
-        .join(Dataset, Dataset.id == Participation.dataset_id)
-        .join(Organization, Organization.id == Dataset.organization_id)
-        .where(Participation.id == task.participation_id)
-        .execution_options(populate_existing=True)
-    )
-    participation, dataset, organization = row.one()
-    require_open(job, of, task, participation, fence)
+    held = await hold_task(session, task_id, worker_id, "accept")
+    job, of, task = held.job, held.of, held.task
+    if task.state not in OPEN_TASKS:
+        accepted = await find_update(session, task_id)  # looked at under the lock: two equal uploads may race
+        if accepted is not None:
+            if accepted.digest != stored.digest:
+                raise UpdateConflict
+            return accepted, False
+    require_open(job, of, task, held.participation, fence)
     if task.admitted_digest != stored.digest:
         raise UpdateConflict
     now = await clock(session)
@@ -322,7 +304,7 @@ async def accept_update(
         blob_key=stored.key,
         digest=stored.digest,
         size_bytes=stored.size_bytes,
-        weight=_weight(job, participation),
+        weight=_weight(job, held.participation),
         l2_norm=l2_norm,
         released=released,
         excluded=False,
@@ -332,8 +314,7 @@ async def accept_update(
     session.add(accepted)
     task.state, task.detail, task.lease_expires_at = TaskState.SUBMITTED, None, None
     of.accepted += 1
-    await session.flush()
-    await append(
+    append(
         session,
         job_stream(job.id),
         EventKind.UPDATE_ACCEPTED,
@@ -341,8 +322,8 @@ async def accept_update(
         actor=actor,
         round=of.number,
         task=task.kind.value,
-        organization=organization,
-        dataset=dataset,
+        organization=held.organization,
+        dataset=held.dataset,
         digest=stored.digest,
         accepted=of.accepted,
         target_updates=of.target_updates,
@@ -354,7 +335,7 @@ async def accept_update(
 
 
 def _weight(job: Job, participation: Participation) -> float:
-    strategy = JobSpec.model_validate(job.spec).strategy
+    strategy = spec_of(job).strategy
     return float(participation.declared_rows) if strategy.weights is Weighting.DECLARED else 1.0
 
 
@@ -362,18 +343,14 @@ async def reject_content(
     session: AsyncSession, queue: Queue, *, task_id: UUID, worker_id: UUID, fence: int, refusal: str, actor: str
 ) -> None:
     """A body that can never be taken: the round need not wait for it. What was spent stays spent."""
-    seen = await get_task(session, task_id, worker_id)
-    job = await get_job(session, seen.job_id, "update")
-    of = await get_round(session, seen.round_id, "update")
-    task = await get_task(session, task_id, worker_id, "update")
+    held = await hold_task(session, task_id, worker_id, "accept")
+    job, of, task = held.job, held.of, held.task
     if task.fence != fence or task.state is not TaskState.UPLOADING:
         return
     task.state, task.detail, task.lease_expires_at = TaskState.FAILED, refusal, None
     await session.flush()
     now: datetime = await clock(session)
-    await append(
-        session, job_stream(job.id), EventKind.TASK_FAILED, at=now, actor=actor, round=of.number, reason=refusal
-    )
+    append(session, job_stream(job.id), EventKind.TASK_FAILED, at=now, actor=actor, round=of.number, reason=refusal)
     if job.state in (JobState.RUNNING, JobState.PAUSED):
         await settle(session, queue, job, of, now)
     await announce_change(session, job.id)

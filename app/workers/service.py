@@ -68,7 +68,7 @@ async def enroll_worker(session: AsyncSession, body: EnrollWorker, *, service_pu
     key, issued = await add_key(
         session, principal_id=principal.id, label="enrolment", scopes=[Scope.TASKS], expires_at=None, now=now
     )
-    await append(
+    append(
         session,
         organization_stream(organization.id),
         EventKind.WORKER_ENROLLED,
@@ -127,7 +127,7 @@ async def revoke_worker(session: AsyncSession, worker_id: UUID, *, caller: Calle
             .values(disabled_at=now)
         )
         await end_keys(session, worker.principal_id, now=now)
-        await append(
+        append(
             session,
             organization_stream(worker.organization_id),
             EventKind.WORKER_REVOKED,
