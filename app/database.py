@@ -4,14 +4,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import psycopg
-from alembic import command
-from alembic.config import Config
 from psycopg_pool import AsyncConnectionPool
 from sqlalchemy import func, make_url, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 Sessions = async_sessionmaker[AsyncSession]
 
@@ -100,8 +101,10 @@ class AdvisoryLocks:
                         await connection.execute("SELECT pg_advisory_unlock(%s)", (key,))
 
 
-def alembic_config(url: str) -> Config:
+def alembic_config(url: str) -> "Config":
     """Alembic's configuration for `url`; migrations stand beside the package."""
+    from alembic.config import Config  # noqa: PLC0415 -- serving does without, and a restart should be short
+
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).resolve().parent.parent / "migrations"))
     config.attributes["url"] = sqlalchemy_url(url)
@@ -110,4 +113,6 @@ def alembic_config(url: str) -> Config:
 
 def migrate(url: str, revision: str = "head") -> None:
     """Bring the schema of the database at `url` up to `revision`. Two at once wait for each other."""
+    from alembic import command  # noqa: PLC0415 -- as above
+
     command.upgrade(alembic_config(url), revision)

@@ -41,10 +41,9 @@ class BodyLimit:
         if headers.get("content-type", "").partition(";")[0].strip() == TENSORS_MEDIA_TYPE and scope["method"] == "PUT":
             await self._app(scope, receive, send)
             return
-        refusal = render(problem(ProblemCode.BODY_TOO_LARGE, f"At most {self._limit} bytes are read here."))
         declared = headers.get("content-length", "0")
         if not declared.isdecimal() or int(declared) > self._limit:
-            await refusal(scope, receive, send)
+            await self._refuse(scope, receive, send)
             return
         received, started = 0, False
 
@@ -66,7 +65,11 @@ class BodyLimit:
         with contextlib.suppress(_TooLarge):
             await self._app(scope, counted, watched)
         if received > self._limit and not started:
-            await refusal(scope, receive, send)
+            await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = render(problem(ProblemCode.BODY_TOO_LARGE, f"At most {self._limit} bytes are read here."))
+        await refusal(scope, receive, send)
 
 
 class SecureHeaders:

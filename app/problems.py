@@ -1,5 +1,6 @@
 """Every refusal becomes one kind of document; this is the only place that renders them."""
 
+import random
 from http import HTTPStatus
 
 import structlog
@@ -153,10 +154,10 @@ async def _database_gone(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _too_busy(request: Request, error: Exception) -> JSONResponse:
-    """So many asked at once that no connection to the database came free in time."""
+    """So many asked at once that no connection to the database came free in time. They must not come back as one."""
     log.warning("no connection to the database came free", path=request.url.path)
     document = problem(ProblemCode.NOT_READY, "The service has more to do just now than it can; try again.")
-    return render(document, headers={"Retry-After": "2"})
+    return render(document, headers={"Retry-After": str(random.randint(2, 10))})  # noqa: S311 -- jitter
 
 
 async def _bug(request: Request, error: Exception) -> JSONResponse:

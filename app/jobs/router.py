@@ -12,7 +12,7 @@ from fastapi.security import HTTPAuthorizationCredentials
 
 from app.audit.queries import list_events, page_events
 from app.audit.service import job_stream
-from app.blobs import checkpoint_key
+from app.blobs import PIECE_BYTES, checkpoint_key
 from app.dependencies import (
     BriefJobReader,
     BriefJobWriter,
@@ -204,7 +204,13 @@ async def _checkpoint(parts: Parts, request: Request, digest: str, *, immutable:
         request.scope["headers"] = [item for item in request.scope["headers"] if item[0] != b"range"]
     elif first >= size:
         raise RangeNotSatisfiable(f"The checkpoint has {size} bytes; the range begins at {first}.")
-    return FileResponse(path, media_type=TENSORS_MEDIA_TYPE, headers=headers)
+    return _ModelResponse(path, media_type=TENSORS_MEDIA_TYPE, headers=headers)
+
+
+class _ModelResponse(FileResponse):
+    """A file in pieces of a megabyte: a thread is asked for each."""
+
+    chunk_size = PIECE_BYTES
 
 
 @jobs.post(

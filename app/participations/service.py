@@ -17,9 +17,10 @@ from app.federation.lifecycle import ENDED_JOBS, OPEN_TASKS
 from app.models import Dataset, Grant, Job, Organization, Participation, Principal, Round, Task, Update, Worker
 from app.participations.queries import find_own
 from app.rounds.closing import settle
-from app.rounds.opening import begin_if_enough, number_after
+from app.rounds.opening import begin_if_enough
 from app.rounds.queries import find_open_round, get_job
 from app.wakeups import announce_change
+from isthmus.federation.rounds import number_after
 from isthmus.wire.data import DatasetSchema, misfits
 from isthmus.wire.datasets import DatasetState, UsePolicy, policy_objections
 from isthmus.wire.events import EventKind

@@ -10,7 +10,6 @@ from typing import Final
 from uuid import UUID
 
 import anyio.to_thread
-import numpy as np
 import structlog
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -30,13 +29,13 @@ from app.rounds.specs import manifest_of, spec_of
 from isthmus.codec.blocks import TensorFile, TensorFileWriter
 from isthmus.codec.header import header_limit
 from isthmus.federation.aggregation import aggregate
-from isthmus.federation.statistics import Moments, merge_all, variance
+from isthmus.federation.rounds import merge_statistics
 from isthmus.federation.strategies import Strategy, state_manifest, strategy_of
 from isthmus.wire.data import FeatureStatistics
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobReason, JobSpec, JobState
 from isthmus.wire.manifest import Manifest
-from isthmus.wire.rounds import STATISTICS_PREFIX, RoundPhase, TaskKind
+from isthmus.wire.rounds import RoundPhase, TaskKind
 
 log = structlog.get_logger(__name__)
 
@@ -134,7 +133,8 @@ async def _compute(blobs: BlobStore, plan: _Plan) -> _Result:
     metrics = pool_metrics([item.update.released for item in plan.contributions])
     if plan.kind is TaskKind.TRAIN:
         return _Result(metrics, None, *await _next_model(blobs, plan))
-    statistics = merge_statistics(plan.spec, plan.contributions) if plan.kind is TaskKind.STATISTICS else None
+    released = [item.update.released for item in plan.contributions]
+    statistics = merge_statistics(plan.spec.data, released) if plan.kind is TaskKind.STATISTICS else None
     return _Result(metrics, statistics, None, None)
 
 
@@ -247,23 +247,3 @@ async def _complete(session: AsyncSession, plan: _Plan, result: _Result) -> None
         seconds=round((now - of.opened_at).total_seconds(), 6),
     )
     await proceed(session, job, of.number, now)
-
-
-def merge_statistics(spec: JobSpec, contributions: Sequence[Contribution]) -> FeatureStatistics:
-    """The federation's statistics from the sites', merged in canonical order."""
-    released = [item.update.released for item in contributions]
-
-    def of_site(site: dict[str, list[float]]) -> Moments:
-        return Moments(
-            *(np.asarray(site[f"{STATISTICS_PREFIX}{name}"], np.float64) for name in ("count", "mean", "m2"))
-        )
-
-    merged = merge_all([of_site(site) for site in released])
-    return FeatureStatistics(
-        names=[feature.name for feature in spec.data.numbers()],
-        count=merged.count.tolist(),
-        mean=merged.mean.tolist(),
-        variance=variance(merged).tolist(),
-        rows=sum(float(site[f"{STATISTICS_PREFIX}rows"]) for site in released),
-        sites=len(released),
-    )

@@ -1,6 +1,5 @@
 """Opening rounds: which comes next, whom it asks, and what if there are too few."""
 
-import hashlib
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -14,23 +13,11 @@ from app.models import Grant, Job, Participation, Round, Task
 from app.rounds.queries import Candidate, list_candidates, list_unasked
 from app.rounds.specs import spec_of
 from app.wakeups import announce_change
-from isthmus.federation.cohort import Cohort, TooFewParticipations, draw_cohort
+from isthmus.federation.cohort import Cohort, TooFewParticipations
+from isthmus.federation.rounds import cohort_seed, draw_round, number_after
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobReason, JobSpec, JobState, ParticipationState
 from isthmus.wire.rounds import TaskKind, TaskState, kind_of_round
-
-
-def number_after(spec: JobSpec, last: int | None) -> int | None:
-    """The number of the round after `last` (None: nothing was done yet); None if the job is done.
-
-    Round 0 gathers statistics, if the job standardizes over the federation; rounds 1 to `rounds` train; one more
-    evaluates the final model, if something was held out.
-    """
-    if last is None:
-        return 0 if spec.data.standardize == "federated" and spec.data.numbers() else 1
-    if last < spec.rounds:
-        return last + 1
-    return last + 1 if last == spec.rounds and spec.evaluation.holdout > 0 else None
 
 
 async def begin_if_enough(session: AsyncSession, job: Job, now: datetime) -> None:
@@ -88,35 +75,15 @@ async def proceed(session: AsyncSession, job: Job, last: int | None, now: dateti
     if kind is TaskKind.EVALUATE and not candidates:
         await _complete(session, job, now)
         return
-    seed = cohort_seed(spec, number)
+    assert spec.seed is not None  # the service draws one when the job is created
+    seed = cohort_seed(spec.seed, number)
+    asked = [(candidate.organization, candidate.dataset) for candidate in candidates]
     try:
-        cohort = _draw(spec, kind, candidates, seed)
+        cohort = draw_round(spec.cohort, kind, asked, seed)
     except TooFewParticipations:
         await pause_for_want(session, job, spec.cohort.min_updates, now)
         return
     await _open(session, job, spec, number, kind, seed, cohort, candidates, now)
-
-
-def cohort_seed(spec: JobSpec, number: int) -> str:
-    """The recorded seed of a round's cohort, derived from the job's: 64 hexadecimal digits."""
-    assert spec.seed is not None  # the service draws one when the job is created
-    return hashlib.sha256(b"isthmus/cohort/v1" + bytes.fromhex(spec.seed) + number.to_bytes(8, "big")).hexdigest()
-
-
-def _draw(spec: JobSpec, kind: TaskKind, candidates: list[Candidate], seed: str) -> Cohort:
-    keys = [(candidate.organization, candidate.dataset) for candidate in candidates]
-    asked = spec.cohort
-    if kind is TaskKind.TRAIN:
-        return draw_cohort(
-            keys,
-            seed=bytes.fromhex(seed),
-            fraction=asked.fraction,
-            over_selection=asked.over_selection,
-            target=asked.target_updates,
-            min_updates=asked.min_updates,
-        )
-    least = asked.min_updates if kind is TaskKind.STATISTICS else 1
-    return draw_cohort(keys, seed=bytes.fromhex(seed), min_updates=least)
 
 
 async def _with_rounds_left(session: AsyncSession, job: Job, kind: TaskKind, now: datetime) -> list[Candidate]:

@@ -91,9 +91,7 @@ async def claim(
     """Get the oldest task on offer, under a lease; waits for one to come, without holding a database connection."""
     ends = time.monotonic() + min(wait, parts.settings.longest_wait.total_seconds())
     heard = parts.wakeups.heard  # before the first look: no offer is missed
-    async with parts.sessions.begin() as session:
-        caller, offered = await authenticate_asking(session, credentials, offers.SOMETHING_ON_OFFER)
-        worker_id = worker_of(check_scope(caller, Scope.TASKS))
+    worker_id, offered = await _look(parts, credentials)
     with parts.wakeups.worker(worker_id, heard) as woken:
         if offered:
             woken.set()
@@ -107,14 +105,25 @@ async def claim(
             woken.clear()
             if await request.is_disconnected():  # an agent that is gone must not take a task along
                 return Response(status_code=204)
-            async with parts.sessions.begin() as session:
-                offer = await offers.claim_task(session, parts.settings, worker_id, body.datasets)
+            offer = await _try_claim(parts, worker_id, body)
             if offer is not None:
                 return Response(offer.model_dump_json(by_alias=True), media_type="application/json")
             if time.monotonic() >= ends:
                 break
     soon = wait >= 1 and not parts.wakeups.closing  # a caller that waits here is paced by its waiting
     return Response(status_code=204, headers={"Retry-After": "0" if soon else "1"})
+
+
+async def _look(parts: Parts, credentials: Credentials) -> tuple[UUID, bool]:
+    """Who asks, and whether it is worth while to claim. A function of its own: who waits keeps nothing of it."""
+    async with parts.sessions.begin() as session:
+        caller, offered = await authenticate_asking(session, credentials, offers.SOMETHING_ON_OFFER)
+    return worker_of(check_scope(caller, Scope.TASKS)), offered
+
+
+async def _try_claim(parts: Parts, worker_id: UUID, body: ClaimTask) -> TaskOffer | None:
+    async with parts.sessions.begin() as session:
+        return await offers.claim_task(session, parts.settings, worker_id, body.datasets)
 
 
 @router.get("/{task_id}", summary="One of the worker's own tasks", responses=refuses(ProblemCode.NOT_FOUND))

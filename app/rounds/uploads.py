@@ -40,6 +40,7 @@ from app.settings import Settings
 from app.wakeups import announce_change
 from isthmus.codec.header import length_bounds
 from isthmus.codec.scanner import UpdateScanner
+from isthmus.federation.rounds import weight_of
 from isthmus.privacy.clipping import norm_bound
 from isthmus.wire.datasets import DatasetState
 from isthmus.wire.events import EventKind
@@ -53,7 +54,6 @@ from isthmus.wire.rounds import (
     UpdateReceipt,
     receipt_bytes,
 )
-from isthmus.wire.strategies import Weighting
 
 NORM_TOLERANCE = 1e-5
 """Relative room for the rounding of a clipped update to float32."""
@@ -336,7 +336,7 @@ async def accept_update(
 
 def _weight(job: Job, participation: Participation) -> float:
     strategy = spec_of(job).strategy
-    return float(participation.declared_rows) if strategy.weights is Weighting.DECLARED else 1.0
+    return weight_of(strategy, participation.declared_rows)
 
 
 async def reject_content(

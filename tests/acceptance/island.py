@@ -45,7 +45,7 @@ allow_exact_statistics = true
 {more}
 
 [resources]
-idle_s = 30
+{resources}
 """
 
 POLICY = UsePolicy(
@@ -131,11 +131,28 @@ class Island:
         }
         (folder / "service").mkdir(parents=True)
         (folder / "service" / "admin.key").write_text("made by the test")
-        self.service = Program("service", [_program("isthmus-server"), "serve", "--no-migrate"], folder, environment)
+        self.environment = environment
+        self.service = Program(
+            "service",
+            [program_path("isthmus-server"), "serve", "--no-migrate"],
+            folder,
+            environment | self.environment_of("service"),
+        )
         self.agents: list[Program] = []
         self.admin = Client(self.url, first_admin(database_url))
         self.researcher: Client | None = None
         self._clients = [self.admin]
+
+    def environment_of(self, name: str) -> dict[str, str]:
+        """What the program of that name (`service`, or an organization's) finds in its environment besides."""
+        return {}
+
+    def url_for(self, name: str) -> str:
+        """Where the agent of an organization reaches the service."""
+        return self.url
+
+    resources = "idle_s = 30"
+    """The section of that name in the workers' configuration."""
 
     def open(self, sites: int, *, more: str = "") -> None:
         """Start the service, enrol so many organizations and start their agents."""
@@ -171,14 +188,15 @@ class Island:
         folder = self.folder / name
         folder.mkdir()
         write_patients(folder / "patients.csv", number)
-        (folder / "worker.toml").write_text(WORKER.format(url=self.url, more=more))
+        (folder / "worker.toml").write_text(WORKER.format(url=self.url_for(name), more=more, resources=self.resources))
         token = self.admin.organizations.issue_enrollment_token(organization.id).token
         (folder / "token").write_text(token)
         subprocess.run(
-            [_program("isthmus-worker"), "enroll", "--config", "worker.toml", "--token-file", "token"],
+            [program_path("isthmus-worker"), "enroll", "--config", "worker.toml", "--token-file", "token"],
             cwd=folder, check=True, capture_output=True, timeout=PATIENCE_S,
         )  # fmt: skip
-        self.agents.append(Program("agent", [_program("isthmus-worker"), "run", "--config", "worker.toml"], folder, {}))
+        run = [program_path("isthmus-worker"), "run", "--config", "worker.toml"]
+        self.agents.append(Program("agent", run, folder, self.environment_of(name)))
 
     def _confirm(self, sites: int) -> None:
         stewards: list[Client] = self.__dict__["stewards"]
@@ -241,7 +259,8 @@ class Island:
             client.close()
 
 
-def _program(name: str) -> str:
+def program_path(name: str) -> str:
+    """One of our commands, as it is installed here."""
     return str(Path(sys.executable).parent / name)
 
 

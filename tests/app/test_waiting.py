@@ -79,4 +79,4 @@ def test_a_service_with_no_connection_to_spare_says_so_and_when_to_come_again(
 
     with refused(ProblemCode.NOT_READY) as found:
         worker.tasks.claim(ClaimTask(), wait_s=0)
-    assert found[0].retry_after_s == 2
+    assert found[0].retry_after_s in range(2, 11)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 import tracemalloc
 from collections.abc import Sequence
 from fractions import Fraction
@@ -65,6 +66,7 @@ def folded(
     strategy: Strategy | None = None,
     state: Arrays | None = None,
     block_elements: int = 1 << 16,
+    threads: int = 1,
 ) -> tuple[Arrays, Arrays]:
     """The next model and the strategy's next state."""
     strategy = strategy or FedAvg()
@@ -81,6 +83,7 @@ def folded(
         state=MemorySource(state) if state is not None else None,
         state_sink=state_sink,
         block_elements=block_elements,
+        threads=threads,
     )
     return sink.arrays, state_sink.arrays if state_sink else {}
 
@@ -129,6 +132,59 @@ def test_the_block_size_does_not_change_a_bit(strategy: Strategy, block_elements
     again, state_again = folded(strategy=strategy, block_elements=block_elements)
     assert arrays.encode(again) == arrays.encode(reference)
     assert arrays.encode(state_again) == arrays.encode(state)
+
+
+@pytest.mark.parametrize("strategy", [FedAvg(lr=0.7), FedAdam()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("block_elements", [1, 3, 7, 143])
+def test_the_number_of_threads_does_not_change_a_bit(
+    strategy: Strategy, threads: int, block_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, state = folded(strategy=strategy)
+    monkeypatch.setattr("isthmus.federation.aggregation.SHARED_ELEMENTS", 0)
+    again, state_again = folded(strategy=strategy, block_elements=block_elements, threads=threads)
+    assert arrays.encode(again) == arrays.encode(reference)
+    assert arrays.encode(state_again) == arrays.encode(state)
+
+
+def test_threads_share_the_stretches_and_the_caller_takes_them_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.federation.aggregation.SHARED_ELEMENTS", 0)
+    model = one(np.zeros(64))
+    both = threading.Barrier(2, timeout=20)
+    readers, order = set[str](), list[int]()
+
+    class Meeting(MemorySource):
+        def read_block(self, name: str, start: int, out: NDArray[Any]) -> None:
+            readers.add(threading.current_thread().name)
+            both.wait()  # nobody gets on alone
+            super().read_block(name, start, out)
+
+    class Ordered(MemorySink):
+        def write_block(self, name: str, start: int, block: NDArray[Any]) -> None:
+            assert threading.current_thread() is threading.main_thread()
+            order.append(start)
+            super().write_block(name, start, block)
+
+    manifest = arrays.manifest_of(model)
+    source = Meeting(one(np.arange(64.0)))
+    sink = Ordered(manifest.tensors)
+    aggregate(
+        manifest, MemorySource(model), [source], [1], FedAvg(), sink=sink, block_elements=8, threads=2
+    )  # fmt: skip
+    assert len(readers) == 2
+    assert order == list(range(0, 64, 8))
+    assert sink.arrays["x"].tolist() == list(range(64))
+
+
+def test_with_threads_the_first_tensor_that_is_not_finite_is_named_and_nobody_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("isthmus.federation.aggregation.SHARED_ELEMENTS", 0)
+    bad = {"a": np.zeros(40, "<f4"), "b": np.full(40, np.inf, "<f4"), "c": np.full(40, np.nan, "<f4")}
+    model = {name: np.zeros(40, "<f4") for name in bad}
+    with pytest.raises(NonFiniteAggregate, match="'b'"):
+        folded([bad], [1], model=model, manifest=arrays.manifest_of(model), block_elements=3, threads=3)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fold")]
 
 
 def test_files_and_memory_give_the_same_bytes(tmp_path: Path) -> None:
@@ -211,9 +267,11 @@ def test_weights_that_give_no_mean_are_refused(updates: Sequence[Arrays], weight
         folded(updates, weights)
 
 
-def test_a_block_holds_an_element_at_least() -> None:
+def test_a_block_holds_an_element_at_least_and_somebody_computes_it() -> None:
     with pytest.raises(ValueError, match="block"):
         folded(block_elements=0)
+    with pytest.raises(ValueError, match="thread"):
+        folded(threads=0)
 
 
 @pytest.mark.parametrize(

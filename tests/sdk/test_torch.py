@@ -18,6 +18,7 @@ from isthmus.torch import (
     ArraysMisfit,
     UnsupportedTensor,
     build,
+    build_holding,
     draw_initial,
     load_arrays,
     manifest_of_module,
@@ -373,6 +374,44 @@ class Everything(nn.Module):
         self.register_buffer("turned", torch.arange(6.0).reshape(2, 3).T)
         self.register_buffer("scalar", torch.tensor(7))
         self.register_buffer("of_the_moment", torch.zeros(2), persistent=False)
+
+
+@pytest.mark.parametrize(("layers", "input_shape"), MODELS)
+@pytest.mark.parametrize("large_bytes", [0, 1 << 40])
+def test_a_model_that_is_built_with_its_arrays_holds_them_all_however_large_it_is(
+    layers: list[Any], input_shape: tuple[int, ...], large_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.torch.LARGE_BYTES", large_bytes)
+    spec = declared(*layers)
+    usual = build(spec)
+    arrays = to_arrays(usual)
+    before = torch.get_rng_state()
+
+    module = build_holding(spec, arrays)
+
+    if not large_bytes:
+        assert torch.equal(torch.get_rng_state(), before)
+    assert module.state_dict().keys() == usual.state_dict().keys()
+    for (name, tensor), other in zip(module.state_dict().items(), usual.state_dict().values(), strict=True):
+        assert (tensor.device, tensor.dtype) == (other.device, other.dtype), name
+        assert torch.equal(tensor, other), name
+    frozen = [parameter.requires_grad for parameter in usual.parameters()]
+    assert [parameter.requires_grad for parameter in module.parameters()] == frozen
+    inputs = records(*input_shape)
+    assert torch.equal(module.eval()(inputs), usual.eval()(inputs))
+
+
+@pytest.mark.parametrize("large_bytes", [0, 1 << 40])
+def test_a_model_is_not_built_with_arrays_that_leave_some_of_it_out(
+    large_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.torch.LARGE_BYTES", large_bytes)
+    spec = declared(*LENET)
+    arrays = to_arrays(build(spec))
+    arrays.popitem()
+
+    with pytest.raises(ArraysMisfit):
+        build_holding(spec, arrays)
 
 
 def test_every_dtype_travels() -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import isthmus_worker.preflight
 from isthmus.wire.problems import ProblemCode
-from isthmus_worker.__main__ import app
+from isthmus_worker.commands import app
 from isthmus_worker.journal import Journal
 from isthmus_worker.settings import EXAMPLE
 from isthmus_worker.state import StateDir
@@ -103,7 +103,8 @@ def test_the_agent_works_ends_its_idle_child_stays_small_and_stops_at_once(
 
 def test_the_agents_own_process_imports_no_arrays_and_no_command_line() -> None:
     heavy = ("numpy", "torch", "typer", "click", "rich")
-    program = f"import sys, isthmus_worker.agent; sys.exit(str([name for name in {heavy} if name in sys.modules]))"
+    parts = ", ".join(f"isthmus_worker.{name}" for name in ("agent", "connect", "journal", "loop", "trainer"))
+    program = f"import sys, {parts}; sys.exit(str([name for name in {heavy} if name in sys.modules]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
     found = subprocess.run(

@@ -8,6 +8,7 @@ import pytest
 from isthmus.wire.data import DataSpec, FeatureStatistics
 from isthmus_worker.data import Cell, Table, fingerprint
 from isthmus_worker.features import (
+    Examples,
     encode_inputs,
     encode_targets,
     number_column,
@@ -15,6 +16,7 @@ from isthmus_worker.features import (
     require_two_classes,
 )
 from isthmus_worker.measuring import measure_columns
+from isthmus_worker.npz import fingerprints_of
 from isthmus_worker.refusals import DataRefused
 from isthmus_worker.splitting import held_out
 
@@ -213,3 +215,193 @@ def test_nothing_is_held_out_with_a_share_of_zero() -> None:
     fingerprints, labels = _rows(5)
 
     assert not held_out(labels, fingerprints, 0.0, KEY).any()
+
+
+# --- Columns that are arrays -----------------------------------------------------------------------------------------
+
+IMAGES = np.arange(4 * 1 * 2 * 3, dtype=np.uint8).reshape(4, 1, 2, 3) * 10
+
+
+def _arrays(**columns: Any) -> Table:
+    return Table(columns=columns, fingerprints=fingerprints_of({name: np.asarray(of) for name, of in columns.items()}))
+
+
+def _cells(**columns: Any) -> Table:
+    return _table(**{name: np.asarray(of).tolist() for name, of in columns.items()})
+
+
+def _told(values: Any) -> list[Cell]:
+    """The values one by one; NaN stands for what is missing."""
+    return [None if isinstance(cell, float) and np.isnan(cell) else cell for cell in values.tolist()]
+
+
+def test_an_array_enters_row_by_row_and_divided_between_the_other_columns() -> None:
+    image = {"name": "image", "shape": [1, 2, 3], "divide_by": 255}
+    data = _data({"name": "age"}, image, {"name": "sex", "categories": ["F", "M"]})
+    table = _arrays(image=IMAGES, age=np.array([50, 60, 40, 50]), sex=np.array(["M", "F", "F", "M"]), y=[0, 1, 0, 1])
+
+    inputs = encode_inputs(table, data, _statistics(age=(50, 100)))
+
+    assert inputs.dtype == np.float32
+    assert inputs[:, 0].tolist() == [0, 1, -1, 0]  # standardized; the image is not
+    assert (inputs[:, 1:7] == IMAGES.reshape(4, 6).astype(np.float32) / np.float32(255)).all()
+    assert inputs[:, 7:].tolist() == [[0, 1], [1, 0], [1, 0], [0, 1]]
+    assert data.input_shape == (9,)
+
+
+@pytest.mark.parametrize("kind", ["u1", "i1", "u2", "i8", "f2", "f4", "f8", "?"])
+def test_an_array_of_any_kind_of_numbers_is_read_and_not_changed(kind: str) -> None:
+    values = np.random.default_rng(0).integers(0, 100, (70_000, 2)).astype(kind)  # more than one block of rows
+    before = values.copy()
+
+    inputs = encode_inputs(_arrays(x=values), _data({"name": "x", "shape": [2]}, standardize="none"), None)
+
+    assert (inputs == values.astype(np.float32)).all()
+    assert (values == before).all()
+
+
+def test_an_array_beyond_float32_saturates() -> None:
+    data = _data({"name": "x", "shape": [1], "divide_by": 1e-6}, standardize="none")
+
+    inputs = encode_inputs(_arrays(x=np.array([[1e300], [-1e305], [1.0]])), data, None)
+
+    largest = np.finfo(np.float32).max
+    assert inputs[:, 0].tolist() == [largest, -largest, 1e6]
+
+
+@pytest.mark.parametrize(
+    ("feature", "column", "complaint"),
+    [
+        ({"name": "x", "shape": [3, 2]}, np.zeros((2, 2, 3)), r"'x' must hold one array of shape \[3, 2\] a record"),
+        ({"name": "x", "shape": [6]}, np.zeros((2, 2, 3)), "'x' must hold one array"),
+        ({"name": "x", "shape": [1]}, np.zeros(2), "'x' must hold one array"),
+        ({"name": "x", "shape": [1]}, np.array([["4711"], ["b"]]), "'x' must hold one array"),
+        ({"name": "x", "shape": [1]}, ["4711", "1"], "'x' must hold one array"),
+        ({"name": "x", "shape": [1]}, np.array([[np.nan], [4711]]), "'x' holds NaN or an infinity in some records"),
+        ({"name": "x", "shape": [1]}, np.array([[4711], [-np.inf]], np.float32), "'x' holds NaN or an infinity"),
+        ({"name": "x"}, np.full((2, 3), 4711), "'x' must hold numbers"),
+        ({"name": "x"}, np.array(["1", "4711x"]), "'x' must hold numbers"),
+        ({"name": "x"}, np.array([1.0, np.inf]), "'x' must hold numbers"),
+        ({"name": "x"}, np.array([4711.0, np.nan]), "'x' has missing values"),
+        ({"name": "x", "categories": ["a"]}, np.full((2, 3), 4711), "'x' holds a category that the job does not list"),
+        ({"name": "x", "categories": ["a"]}, np.array(["a", "4711"]), "'x' holds a category that the job does not"),
+        ({"name": "x", "categories": ["1"]}, np.array([1.0, np.nan]), "'x' has missing values"),
+    ],
+)
+def test_an_array_that_does_not_fit_is_named_without_a_value(
+    feature: dict[str, Any], column: Any, complaint: str
+) -> None:
+    table = Table(columns={"x": column}, fingerprints=[b"1", b"2"])
+
+    with pytest.raises(DataRefused, match=complaint) as refusal:
+        encode_inputs(table, _data(feature, standardize="none"), None)
+
+    assert "4711" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([3.5, np.nan, 1e300, -0.0]),
+        np.array([1, 0, 1, 0], np.uint8),
+        np.array([2**53 + 1, -5, 0, 7], np.int64),
+        np.array([True, False, True, True]),
+        np.array(["1", "2e1", " 3 ", "-4"]),
+    ],
+    ids=lambda values: str(values.dtype),
+)
+def test_a_vector_gives_the_same_numbers_as_its_values_one_by_one(values: Any) -> None:
+    feature = _data({"name": "x", "missing": "impute"}).features[0]
+    cells = _told(values)
+
+    fast = number_column(Table(columns={"x": values}, fingerprints=[b""] * 4), feature)
+
+    slow = number_column(Table(columns={"x": cells}, fingerprints=[b""] * 4), feature)
+    assert np.array_equal(fast, slow, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "categories"),
+    [
+        (np.array(["b", "a", "b"]), ["a", "b"]),
+        (np.array([2, 10, 2]), ["10", "2"]),
+        (np.array([2.0, 0.5, 2.0]), ["2", "0.5"]),
+        (np.array([2.0, np.nan, 7.0]), ["2", "7"]),
+    ],
+)
+def test_a_vector_gives_the_same_categories_as_its_values_one_by_one(values: Any, categories: list[str]) -> None:
+    data = _data({"name": "x", "categories": categories, "missing": "indicate"}, standardize="none")
+    cells = _told(values)
+
+    fast = encode_inputs(Table(columns={"x": values}, fingerprints=[b""] * 3), data, None)
+
+    assert (fast == encode_inputs(Table(columns={"x": cells}, fingerprints=[b""] * 3), data, None)).all()
+    assert fast[:, :2].sum() == len([cell for cell in cells if cell is not None])
+
+
+def test_targets_are_read_from_vectors_as_from_values_one_by_one() -> None:
+    whole, words = _data({"name": "a"}, classes=3), _data({"name": "a"}, classes=None, labels=["well", "ill"])
+    regression = DataSpec.model_validate({"task": "regression", "features": ["a"], "target": "y"})
+    for data, targets in [
+        (whole, np.array([2, 0, 1], np.uint8)), (whole, np.array([2.0, 0.0, 1.0])),
+        (words, np.array(["ill", "well", "ill"])), (regression, np.array([1.5, -2.0, 0.0])),
+    ]:  # fmt: skip
+        found = encode_targets(_arrays(y=targets), data)
+        assert found.tolist() == encode_targets(_cells(y=targets), data).tolist()
+        assert found.dtype == (np.float32 if data is regression else np.int64)
+
+
+@pytest.mark.parametrize(
+    ("targets", "complaint"),
+    [
+        (np.array([0, 3]), "a whole number from 0 to 2"),
+        (np.array([0, -1]), "a whole number from 0 to 2"),
+        (np.array([0, 0.5]), "a whole number from 0 to 2"),
+        (np.array([0, 2**63], np.uint64), "a whole number from 0 to 2"),
+        (np.array([0, np.inf]), "a whole number from 0 to 2"),
+        (np.array([0, np.nan]), "is missing in some records"),
+        (np.zeros((2, 3)), "a whole number from 0 to 2"),
+    ],
+)
+def test_a_vector_of_targets_that_does_not_fit_is_named_without_a_value(targets: Any, complaint: str) -> None:
+    with pytest.raises(DataRefused, match=complaint):
+        encode_targets(Table(columns={"y": targets}, fingerprints=[b"1", b"2"]), _data({"name": "a"}, classes=3))
+
+
+def test_only_numbers_are_measured_beside_arrays() -> None:
+    data = _data({"name": "image", "shape": [1, 2, 3]}, {"name": "age"})
+    table = _arrays(image=IMAGES, age=np.array([50.0, np.nan, 40.0, 60.0]), y=np.array([0, 1, 0, 1]))
+    unfit = _data({"name": "image", "shape": [1, 2, 3]}, {"name": "age", "missing": "impute"})
+
+    found = measure_columns(table, unfit, np.array([True, True, True, False]))
+
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "statistics/count": [2.0], "statistics/mean": [45.0], "statistics/m2": [50.0], "statistics/rows": 3.0,
+    }  # fmt: skip
+    with pytest.raises(DataRefused, match="'age' has missing values"):
+        measure_columns(table, data, np.ones(4, np.bool_))
+
+
+def test_a_table_of_some_records_is_what_was_taken_of_cells_and_arrays_alike() -> None:
+    table = Table(
+        columns={"image": IMAGES, "age": ["1", None, "3", "4"]},
+        fingerprints=[b"a", b"b", b"c", b"d"],
+    )
+
+    part = table.only(np.array([3, 1, 1]))
+
+    assert part.rows == 3
+    assert (np.asarray(part.columns["image"]) == IMAGES[[3, 1, 1]]).all()
+    assert part.columns["age"] == ["4", None, None]
+    assert part.fingerprints == [b"d", b"b", b"b"]
+    assert np.asarray(part.columns["image"]).base is None or not np.shares_memory(part.columns["image"], IMAGES)
+    with pytest.raises(IndexError):
+        table.only(np.array([4]))
+    assert table.only(np.array([], np.int64)).rows == 0
+
+
+def test_all_rows_of_examples_are_not_copied_and_some_are() -> None:
+    examples = Examples(inputs=np.ones((3, 2), np.float32), targets=np.zeros(3, np.int64))
+
+    assert examples.only(np.ones(3, np.bool_)) is examples
+    assert len(examples.only(np.array([True, False, True]))) == 2

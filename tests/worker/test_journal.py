@@ -164,6 +164,35 @@ def test_killed_at_any_step_nothing_leaves_unrecorded_and_only_one_noising_ever_
     assert step > 20
 
 
+def test_every_transition_but_the_first_is_on_the_disk_when_it_returns(journal: Journal, state: StateDir) -> None:
+    def synced() -> int:
+        return int(journal._connection.execute("PRAGMA synchronous").fetchone()[0])
+
+    levels = list[int]()
+    journal._connection.set_trace_callback(lambda said: levels.append(synced()) if said == "COMMIT" else None)
+    release = _prepare(journal, state)
+    journal._connection.set_trace_callback(None)
+
+    assert levels == [1]  # NORMAL: asking, which comes next, takes it to the disk
+    assert synced() == 2  # FULL: each statement that stands alone is a transaction
+    with pytest.raises(sqlite3.IntegrityError):
+        _prepare(journal, state)
+    assert synced() == 2
+    journal.note_asking(release, unanswered=True)
+    assert synced() == 2
+
+
+def test_a_participation_that_is_pinned_is_not_written_again(journal: Journal) -> None:
+    offer = make_offer(number=0)
+    assert offer.statistics is None
+    journal.pin(offer)
+    before = journal._connection.total_changes
+
+    journal.pin(offer)
+
+    assert journal._connection.total_changes == before
+
+
 def test_a_release_is_unique_and_every_later_offer_of_its_round_finds_it(journal: Journal, state: StateDir) -> None:
     release = _prepare(journal, state)
 
@@ -196,7 +225,7 @@ def test_what_was_released_cannot_be_discarded_and_what_was_not_cannot_be_acknow
     assert (found.state, found.path, found.digest) == (ReleaseState.ACKNOWLEDGED, None, release.digest)
 
 
-def test_bytes_that_are_not_those_named_are_not_taken_over(journal: Journal, state: StateDir) -> None:
+def test_bytes_of_another_length_than_named_are_not_taken_over(journal: Journal, state: StateDir) -> None:
     draft = state.scratch / "upload.safetensors"
     draft.write_bytes(b"half of it")
 

@@ -294,6 +294,7 @@ def test_datasets_are_announced_by_schema_and_one_that_cannot_be_read_is_left_ou
         "name": "pressure",
         "kind": "number",
         "missing": True,
+        "shape": None,
     }
 
     (tmp_path / "patients.csv").unlink()

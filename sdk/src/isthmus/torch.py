@@ -41,6 +41,9 @@ from isthmus.wire.models import ModelSpec
 
 Arrays = dict[str, NDArray[Any]]
 
+LARGE_BYTES: Final = 2_000_000
+"""From here on it is faster to build a model without drawing its weights."""
+
 _DTYPES: Final[Mapping[torch.dtype, DType]] = {
     torch.float64: DType.F64, torch.float32: DType.F32, torch.float16: DType.F16,
     torch.int64: DType.I64, torch.int32: DType.I32, torch.int16: DType.I16, torch.int8: DType.I8,
@@ -175,6 +178,28 @@ def build(spec: ModelSpec) -> nn.Module:
     """
     with _usual_defaults():
         return _row(spec.declared_layers())
+
+
+def build_holding(spec: ModelSpec, arrays: Mapping[str, NDArray[Any]]) -> nn.Module:
+    """The module of a declared model with `arrays` as its tensors, as `build` and `load_arrays` together give it.
+
+    A large model draws nothing that would be overwritten at once, which saves most of the time. A small one is built
+    faster with its draws, so that torch's global generator may move.
+
+    Raises:
+        NotDeclarative, ArraysMisfit, UnsupportedTensor: as those two.
+    """
+    if sum(array.nbytes for array in arrays.values()) < LARGE_BYTES:
+        module = build(spec)
+        load_arrays(module, arrays)
+        return module
+    with _usual_defaults(), torch.device("meta"):
+        module = _row(spec.declared_layers())
+    if unknown := {name for name, _ in module.named_buffers()} - module.state_dict().keys():
+        raise AssertionError(f"no array fills the buffers {sorted(unknown)}")  # they would hold what memory held before
+    module.to_empty(device="cpu")
+    load_arrays(module, arrays)
+    return module
 
 
 def draw_initial(spec: ModelSpec, seed_hex: str) -> Arrays:
@@ -343,7 +368,8 @@ def load_arrays(module: nn.Module, arrays: Mapping[str, NDArray[Any]], strict: b
             )
     with torch.no_grad():
         for name, array in arrays.items():
-            tensors[name].copy_(torch.from_numpy(np.array(array, order="C")))  # a copy: the array may be read-only
+            plain = array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
+            tensors[name].copy_(torch.from_numpy(plain))  # torch warns of arrays that are read-only
 
 
 def _tensors(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,26 +1,28 @@
-"""The agent's own process: `python -m isthmus_worker.agent --config FILE`, which is what `isthmus-worker run` becomes.
+"""The agent's own process, which `isthmus-worker run` becomes.
 
-It is a program of its own so that nothing of the command line stays in its memory. It imports neither NumPy nor torch.
+Nothing of the command line is in its memory, and it imports neither NumPy nor torch.
 """
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from isthmus_worker.connect import connect
-from isthmus_worker.journal import Journal
 from isthmus_worker.logs import set_up_logging
-from isthmus_worker.loop import Agent, KeyRefused, NothingToServe
-from isthmus_worker.settings import SettingsRefused, read_settings
-from isthmus_worker.state import NotEnrolled, StateDir, StateInUse
-from isthmus_worker.trainer import Trainer
+from isthmus_worker.settings import Settings, SettingsRefused, read_settings
+from isthmus_worker.spawning import start_child
+from isthmus_worker.state import Credentials, NotEnrolled, StateDir, StateInUse
 
 log = logging.getLogger("isthmus_worker.agent")
+
+CONFIG_VARIABLE: Final = "ISTHMUS_WORKER_CONFIG"
+DEFAULT_CONFIG: Final = Path("worker.toml")
 
 STOPPED: Final = 0
 MISCONFIGURED: Final = 2
@@ -47,42 +49,49 @@ def run(config: Path, level: str = "info") -> int:
         state = StateDir.open(settings.state_dir)
         credentials = state.credentials()
         with state.locked():
-            journal = Journal.open(state)
-            trainer = Trainer(settings.resources, state.scratch)
-            client = connect(settings, credentials.api_key)
-            try:
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    signal.signal(number, _stop)
-                Agent(settings, state, credentials, client, journal, trainer).run()
-            except Stop as stop:
-                log.info("stopping", extra={"signal": str(stop)})
-            finally:
-                trainer.stop()
-                journal.close()
-                client.close()
+            return _work(settings, state, credentials)
     except (SettingsRefused, NotEnrolled) as error:
         log.error("not configured", extra={"reason": str(error)})
         return MISCONFIGURED
     except StateInUse as error:
         log.error("not started", extra={"reason": str(error)})
         return STATE_IN_USE
-    except KeyRefused as error:
-        log.error("stopped", extra={"reason": str(error)})
-        return KEY_REFUSED
-    except NothingToServe as error:
-        log.error("stopped", extra={"reason": str(error)})
-        return NOTHING_TO_SERVE
+
+
+def _work(settings: Settings, state: StateDir, credentials: Credentials) -> int:
+    """The part that holds the state directory. The first child starts while we import what speaks to the service."""
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stop)
+        child = start_child(settings.resources, state.scratch)
+
+        from isthmus_worker.connect import connect  # noqa: PLC0415 - see above
+        from isthmus_worker.journal import Journal  # noqa: PLC0415
+        from isthmus_worker.loop import Agent, KeyRefused, NothingToServe  # noqa: PLC0415
+        from isthmus_worker.trainer import Trainer  # noqa: PLC0415
+
+        trainer = Trainer(settings.resources, state.scratch, child)
+        with closing(Journal.open(state)) as journal, connect(settings, credentials.api_key) as client:
+            try:
+                Agent(settings, state, credentials, client, journal, trainer).run()
+            except KeyRefused as error:
+                log.error("stopped", extra={"reason": str(error)})
+                return KEY_REFUSED
+            except NothingToServe as error:
+                log.error("stopped", extra={"reason": str(error)})
+                return NOTHING_TO_SERVE
+            finally:
+                trainer.stop()
+    except Stop as stop:
+        log.info("stopping", extra={"signal": str(stop)})
     return STOPPED
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program."""
     parser = argparse.ArgumentParser(prog="isthmus-worker run")
-    parser.add_argument("--config", type=Path, required=True)
+    named = os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG
+    parser.add_argument("--config", "-c", type=Path, default=Path(named))
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     given = parser.parse_args(arguments)
     sys.exit(run(given.config, given.log_level))
-
-
-if __name__ == "__main__":
-    main()

@@ -12,16 +12,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, cast
 
 from pydantic import ValidationError
 
 from isthmus.wire.data import ColumnKind, ColumnSchema, DatasetSchema
 from isthmus_worker.refusals import DataRefused
-from isthmus_worker.settings import CsvSettings, SourceSettings
+from isthmus_worker.settings import CsvSettings, NpzSettings, SourceSettings
+
+if TYPE_CHECKING:  # a worker that only serves CSV files describes them without NumPy
+    import numpy as np
+    from numpy.typing import NDArray
 
 Cell: TypeAlias = str | float | int | bool | None
 """One value of a record; None where it is missing."""
+
+Column: TypeAlias = "Sequence[Cell] | NDArray[Any]"
+"""The values of a column: cells, or an array [records, ...] of numbers or words, where NaN in a vector is missing."""
 
 FINGERPRINT_BYTES: Final = 16
 
@@ -30,7 +37,7 @@ FINGERPRINT_BYTES: Final = 16
 class Table:
     """Records by column. All columns and the fingerprints have the same length."""
 
-    columns: Mapping[str, Sequence[Cell]]
+    columns: Mapping[str, Column]
     fingerprints: Sequence[bytes]
     """One for each record, over *all* its cells, also those of columns that were not asked for: see `fingerprint`."""
 
@@ -38,6 +45,21 @@ class Table:
     def rows(self) -> int:
         """Number of records."""
         return len(self.fingerprints)
+
+    def only(self, rows: "NDArray[np.integer[Any]]") -> "Table":
+        """These records, in this order.
+
+        Args:
+            rows: places of records, from 0; a record that is named twice is there twice.
+
+        Raises:
+            IndexError: there is no such record.
+        """
+        places = rows.tolist()
+        return Table(
+            columns={name: _cells_at(column, rows, places) for name, column in self.columns.items()},
+            fingerprints=[self.fingerprints[place] for place in places],
+        )
 
 
 class DataSource(Protocol):
@@ -83,7 +105,7 @@ def parse_number(cell: Cell) -> float | None:
         return None
     try:
         value = float(cell)
-    except ValueError:
+    except (ValueError, TypeError):  # TypeError: a source of an organization's own gave what is no cell
         return None
     return value if math.isfinite(value) else None
 
@@ -92,12 +114,22 @@ def open_source(settings: SourceSettings) -> DataSource:
     """The source that the configuration names. Entry points were checked against `allowed_sources` when it was read."""
     if isinstance(settings, CsvSettings):
         return CsvSource(settings)
+    if isinstance(settings, NpzSettings):
+        from isthmus_worker.npz import NpzSource  # noqa: PLC0415 - NumPy is loaded only where arrays are read
+
+        return NpzSource(settings)
     module, _, name = settings.function.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise DataRefused("The dataset's source is not installed.", where=settings.function) from error
     return cast(DataSource, function(**settings.options))
+
+
+def _cells_at(column: Column, rows: "NDArray[np.integer[Any]]", places: list[int]) -> Column:
+    if hasattr(column, "dtype"):
+        return cast("NDArray[Any]", cast("NDArray[Any]", column)[rows])
+    return [column[place] for place in places]
 
 
 class _Reader(Protocol):
@@ -137,9 +169,7 @@ class CsvSource:
 
     def stamp(self) -> str:
         """Size and time of change of the file."""
-        with _readable(self.settings.path):
-            status = self.settings.path.stat()
-        return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+        return stamp_of(self.settings.path)
 
     def load(self, columns: Sequence[str]) -> Table:
         """These columns of all records, as texts without surrounding blanks; None where a value is missing."""
@@ -194,7 +224,7 @@ class CsvSource:
     @contextmanager
     def _reading(self) -> Iterator[tuple[list[str], Iterator[list[str | None]]]]:
         path = self.settings.path
-        with _readable(path), path.open(encoding="utf-8-sig", newline="") as file:
+        with readable(path), path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=self.settings.delimiter, strict=True)
             try:
                 header = self._header(next(reader, []))
@@ -244,8 +274,20 @@ class CsvSource:
             )
 
 
+def stamp_of(path: Path) -> str:
+    """Size and time of change of a file.
+
+    Raises:
+        DataRefused: it cannot be read.
+    """
+    with readable(path):
+        status = path.stat()
+    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+
+
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Turn what the system says of a file that cannot be read into a refusal; the path stays in the log."""
     try:
         yield
     except OSError as error:

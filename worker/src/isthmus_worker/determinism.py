@@ -1,9 +1,13 @@
 """What makes local training a function of (model, data, job spec, seed) alone."""
 
+import os
 import random
 
 import numpy as np
 import torch
+
+# A model that an entry point compiles (torch.compile) is compiled alike every time; read when that part is imported.
+os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
 
 
 def settle(seed: str, threads: int) -> None:
@@ -12,7 +16,8 @@ def settle(seed: str, threads: int) -> None:
     `seed` is the task's own: 64 hexadecimal digits. Its first 8 bytes seed the global generators (dropout, and whatever
     an entry-point model draws), its next 8 the order of the batches, see `batch_generator`.
     """
-    torch.use_deterministic_algorithms(True)
+    # As torch.use_deterministic_algorithms(True), which also imports torch's compiler: a second, for nothing here.
+    torch.set_deterministic_debug_mode("error")
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(threads)
     torch.set_grad_enabled(True)

@@ -4,15 +4,24 @@ Every refusal names the column, and never a value: its text goes to the service.
 the log, see `isthmus_worker.refusals`.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.wire.data import DataSpec, FeatureSpec, FeatureStatistics, Missing
-from isthmus_worker.data import Cell, Table, parse_number
+from isthmus_worker.data import Cell, Column, Table, parse_number
 from isthmus_worker.refusals import DataRefused
+
+_NUMBERS: Final = "biuf"
+"""The kinds of NumPy's types that are numbers."""
+_NARROW: Final = frozenset(map(np.dtype, ("?", "u1", "i1", "u2", "i2", "f2")))
+"""Every value of these is one of float32 too, and none comes near its limit when it is divided."""
+_ELEMENTS_AT_ONCE: Final = 1 << 16
+"""So many elements of a column of arrays are encoded at once: they stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,9 @@ class Examples:
         return len(self.inputs)
 
     def only(self, marks: NDArray[np.bool_]) -> "Examples":
-        """The marked rows."""
+        """The marked rows; all of them without a copy."""
+        if marks.all():
+            return self
         return Examples(inputs=self.inputs[marks], targets=self.targets[marks])
 
 
@@ -40,17 +51,22 @@ def encode_inputs(table: Table, data: DataSpec, statistics: FeatureStatistics | 
     `standardize: false`. Categories are one column each, in the order listed. With `missing: indicate` one more
     column follows directly after the feature's own, 1 where the value was missing. A missing number becomes the
     federation's mean, a missing category zeros. A number beyond float32 becomes the largest there is: a refusal would
-    tell whoever chooses mean and variance where the largest value lies.
+    tell whoever chooses mean and variance where the largest value lies. An array enters row by row, divided by the
+    feature's `divide_by`.
 
     Raises:
-        DataRefused: a column is missing or holds words, or a value is missing or is no listed category where the job
-            refuses that.
+        DataRefused: a column is missing or holds something else than the job says, or a value is missing or is no
+            listed category where the job refuses that.
     """
     inputs = np.zeros((table.rows, data.width), dtype=np.float32)
     known = _by_name(data, statistics)
     place = 0
     for feature in data.features:
         own = feature.width - (1 if feature.missing is Missing.INDICATE else 0)
+        if feature.shape is not None:
+            _fill_arrays(inputs[:, place : place + own], table, feature, feature.shape)
+            place += own
+            continue
         if feature.categories is None:
             values = number_column(table, feature)
             absent = np.isnan(values)
@@ -72,9 +88,7 @@ def number_column(table: Table, feature: FeatureSpec) -> NDArray[np.float64]:
     Raises:
         DataRefused: there is no such column, it holds words, or values are missing and the job refuses that.
     """
-    cells = _column(table, feature.name)
-    values = np.array([_number_or_nan(cell) for cell in cells], dtype=np.float64)
-    absent = sum(cell is None for cell in cells)
+    values, absent = _numbers(_column(table, feature.name))
     if words := int(np.isnan(values).sum()) - absent:
         raise DataRefused(
             f"Column {feature.name!r} must hold numbers; some records have something else there.", records=words
@@ -90,11 +104,11 @@ def encode_targets(table: Table, data: DataSpec) -> NDArray[Any]:
     Raises:
         DataRefused: the column is missing, or some records hold nothing or something else than the job lists there.
     """
-    cells = _column(table, data.target)
-    if absent := sum(cell is None for cell in cells):
+    column = _column(table, data.target)
+    values, absent = _numbers(column) if data.labels is None else _positions(column, data.labels)
+    if absent:
         raise DataRefused(f"The target {data.target!r} is missing in some records.", records=absent)
     if data.task == "regression":
-        values = np.array([_number_or_nan(cell) for cell in cells], dtype=np.float64)
         if words := int(np.isnan(values).sum()):
             raise DataRefused(
                 f"The target {data.target!r} must hold numbers; some records have something else there.", records=words
@@ -105,13 +119,10 @@ def encode_targets(table: Table, data: DataSpec) -> NDArray[Any]:
             raise DataRefused(f"The target {data.target!r} holds numbers too large for float32.")
         return narrow.reshape(-1, 1)
     if data.labels is not None:
-        places = {label: place for place, label in enumerate(data.labels)}
-        classes = np.array([places.get(text_of(cell), -1) for cell in cells], dtype=np.int64)
-        expected = "one of the job's labels"
+        classes, expected = values.astype(np.int64), "one of the job's labels"
     else:
-        numbers = [_number_or_nan(cell) for cell in cells]
-        whole = [int(number) if number.is_integer() and 0 <= number < data.outputs else -1 for number in numbers]
-        classes = np.array(whole, dtype=np.int64)
+        whole = (values >= 0) & (values < data.outputs) & (values == np.floor(values))  # NaN is none of that
+        classes = np.where(whole, values, -1).astype(np.int64)
         expected = f"a whole number from 0 to {data.outputs - 1}"
     if other := int((classes < 0).sum()):
         raise DataRefused(
@@ -170,7 +181,7 @@ def text_of(cell: Cell) -> str:
     return str(cell)
 
 
-def _column(table: Table, name: str) -> Any:
+def _column(table: Table, name: str) -> Column:
     try:
         return table.columns[name]
     except KeyError:
@@ -182,16 +193,73 @@ def _number_or_nan(cell: Cell) -> float:
     return float("nan") if number is None else number
 
 
+def _numbers(column: Column) -> tuple[NDArray[np.float64], int]:
+    """The numbers of a column, NaN where a value is missing or no finite number; and how many are missing."""
+    if isinstance(column, np.ndarray) and column.ndim != 1:
+        return np.full(len(column), np.nan), 0
+    if isinstance(column, np.ndarray) and column.dtype.kind in _NUMBERS:
+        values = column.astype(np.float64)
+        absent = int(np.isnan(values).sum())
+        values[np.isinf(values)] = np.nan
+        return values, absent
+    cells = cells_of(column)
+    return np.array([_number_or_nan(cell) for cell in cells], dtype=np.float64), sum(cell is None for cell in cells)
+
+
+def _positions(column: Column, categories: tuple[str, ...]) -> tuple[NDArray[np.int64], int]:
+    """For each row the place of its category, -1 where it is missing, -2 where it is none; and how many are missing."""
+    places = {category: place for place, category in enumerate(categories)}
+
+    def place_of(cell: Cell) -> int:
+        return -1 if cell is None else places.get(text_of(cell), -2)
+
+    if isinstance(column, np.ndarray) and column.ndim != 1:
+        return np.full(len(column), -2, dtype=np.int64), 0
+    if isinstance(column, np.ndarray) and column.dtype.kind in f"{_NUMBERS}U":
+        different, where = np.unique(column, return_inverse=True)
+        positions = np.array([place_of(cell) for cell in cells_of(different)], dtype=np.int64)[where]
+    else:
+        positions = np.array([place_of(cell) for cell in cells_of(column)], dtype=np.int64)
+    return positions, int((positions == -1).sum())
+
+
+def cells_of(column: Column) -> Sequence[Cell]:
+    """The values one by one; None where a vector of floats has NaN."""
+    if not isinstance(column, np.ndarray):
+        return column
+    return [None if isinstance(cell, float) and math.isnan(cell) else cell for cell in column.tolist()]
+
+
+def _fill_arrays(inputs: NDArray[np.float32], table: Table, feature: FeatureSpec, shape: tuple[int, ...]) -> None:
+    """Write a column of arrays into its place [rows, elements], a block of rows at a time."""
+    column = _column(table, feature.name)
+    if not isinstance(column, np.ndarray) or column.dtype.kind not in _NUMBERS or column.shape[1:] != shape:
+        raise DataRefused(
+            f"Column {feature.name!r} must hold one array of shape {list(shape)} a record; it holds something else."
+        )
+    flat = column.reshape(len(column), -1)
+    divide_by = feature.divide_by or 1.0
+    rows, unfit = max(1, _ELEMENTS_AT_ONCE // flat.shape[1]), 0
+    for start in range(0, len(flat), rows):
+        block = flat[start : start + rows]
+        unfit += int((~np.isfinite(block).all(axis=1)).sum()) if block.dtype.kind == "f" else 0
+        if block.dtype in _NARROW:
+            np.divide(block, divide_by, out=inputs[start : start + rows], dtype=np.float32)
+        else:
+            with np.errstate(over="ignore"):
+                inputs[start : start + rows] = _saturated(np.divide(block, divide_by, dtype=np.float64))
+    if unfit:
+        raise DataRefused(f"Column {feature.name!r} holds NaN or an infinity in some records.", records=unfit)
+
+
 def _category_positions(table: Table, feature: FeatureSpec, categories: tuple[str, ...]) -> NDArray[np.int64]:
     """For each row, the place of its category among those listed; -1 where the value is missing."""
-    cells = _column(table, feature.name)
-    places = {category: place for place, category in enumerate(categories)}
-    positions = np.array([-1 if cell is None else places.get(text_of(cell), -2) for cell in cells], dtype=np.int64)
+    positions, absent = _positions(_column(table, feature.name), categories)
     if unknown := int((positions == -2).sum()):
         raise DataRefused(
             f"Column {feature.name!r} holds a category that the job does not list, in some records.", records=unknown
         )
-    if (absent := int((positions == -1).sum())) and feature.missing is Missing.REFUSE:
+    if absent and feature.missing is Missing.REFUSE:
         raise _missing(feature, absent)
     return positions
 
@@ -229,4 +297,5 @@ def _standardized(
 
 def _saturated(values: NDArray[np.float64]) -> NDArray[np.float32]:
     limit = float(np.finfo(np.float32).max)
-    return np.clip(values, -limit, limit).astype(np.float32)
+    narrow: NDArray[np.float32] = np.clip(values, -limit, limit).astype(np.float32)
+    return narrow

@@ -41,6 +41,39 @@ def move_durably(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
+class VerifiedFiles:
+    """Files whose digest this process has seen to be right, and that nobody has touched since."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[str, tuple[int, ...]]] = {}
+
+    def note(self, path: Path, digest: str) -> None:
+        """The file was written, or read, under our eyes, and has this digest."""
+        self._seen[path] = digest, _identity(path)
+
+    def holds(self, path: Path, digest: str) -> bool:
+        """Whether there is such a file with this digest. It is read only if it is not the one that was noted.
+
+        Another inode, length, time of change or of its last metadata makes it another file: whoever writes into it
+        changes one of these.
+        """
+        try:
+            if self._seen.get(path) == (digest, _identity(path)):
+                return True
+            if digest_of_file(path)[0] != digest:
+                return False
+            self.note(path, digest)
+        except FileNotFoundError:
+            self._seen.pop(path, None)
+            return False
+        return True
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def digest_of_file(path: Path) -> tuple[str, int]:
     """SHA-256 and length of a file, read in pieces."""
     digest, size = hashlib.sha256(), 0

@@ -14,8 +14,10 @@ released, so that this account shows at least what the service's does.
 What a participation is, its job, dataset, spec, seed and later the federation's statistics, is pinned before the first
 work for it, and a dataset has one participation in a job: the account of one cannot be begun anew under another name.
 
-SQLite in WAL mode with synchronous=FULL: a transition that returned is on the disk. Files lie in `releases/` under
-names of their own; one without a row was never prepared, and is removed at the next start.
+SQLite in WAL mode with synchronous=FULL: a transition that returned is on the disk. `prepare` alone leaves that to the
+`note_asking` that follows it: nothing may have been admitted before, and what is synced later takes along what was
+written earlier. Files lie in `releases/` under names of their own; one without a row was never prepared, or is needed
+no more, and is removed at the next start.
 """
 
 import json
@@ -32,7 +34,7 @@ from typing import Any, Final, NamedTuple
 
 from isthmus.wire.base import digest_of
 from isthmus.wire.rounds import TaskKind, TaskOffer, UpdateReceipt
-from isthmus_worker.files import digest_of_file, move_durably, sync_directory, sync_file
+from isthmus_worker.files import move_durably, sync_directory, sync_file
 from isthmus_worker.state import StateDir
 
 KEEP_BYTES: Final = timedelta(days=30)
@@ -201,6 +203,11 @@ class Journal:
         To be called before any work for an offer that `ledger_objections` lets pass.
         """
         statistics = _digest_of_statistics(offer)
+        pinned = self._connection.execute(
+            "SELECT statistics_digest FROM participations WHERE participation_id = ?", (str(offer.participation_id),)
+        ).fetchone()
+        if pinned is not None and (pinned[0] is not None or statistics is None):
+            return  # a write of nothing new would still have to reach the disk
         with _Transaction(self._connection) as connection:
             connection.execute(
                 "INSERT INTO participations VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (participation_id) DO NOTHING",
@@ -226,17 +233,20 @@ class Journal:
     ) -> Release:
         """Take over the noised bytes in `draft`, and the results that stay here. Nothing has left yet.
 
+        The bytes are on the disk when this returns, the row as soon as `note_asking` returns: the name of a file that
+        no row knows is removed at the next start, and what nobody could ask for was never released.
+
         Raises:
-            BytesDamaged: the file does not hold what the child says.
+            BytesDamaged: the file is not as long as the child says.
             sqlite3.IntegrityError: this was noised before.
         """
-        if digest_of_file(draft) != (digest, size_bytes):
+        if draft.stat().st_size != size_bytes:  # digested as it was written; the service digests it once more
             raise BytesDamaged(f"{draft} does not hold the bytes that the training process named")
         key, name = key_of(offer), f"{uuid.uuid4().hex}.safetensors"
         sync_file(draft)
         move_durably(draft, self._state.releases / name)
         now = _now()
-        with _Transaction(self._connection) as connection:
+        with _Transaction(self._connection, synced=False) as connection:
             connection.execute(
                 "INSERT INTO releases (participation_id, round_number, model_digest, spec_digest, kind, state,"
                 " job, dataset, task_id, fence, digest, size_bytes, file, prepared_at, clip_norm, noise_multiplier)"
@@ -293,13 +303,15 @@ class Journal:
 
     def mark_acknowledged(self, release: Release, receipt: UpdateReceipt) -> None:
         """Keep a receipt whose signature was verified; the bytes are not needed any more."""
-        self._advance(release, ReleaseState.ACKNOWLEDGED, acknowledged_at=_now(), receipt=receipt.model_dump_json())
-        self._drop_bytes("id = ?", release.id)
+        self._advance(
+            release, ReleaseState.ACKNOWLEDGED, acknowledged_at=_now(), receipt=receipt.model_dump_json(), file=None
+        )
+        _unlink(release)
 
     def discard(self, release: Release, note: str) -> None:
         """Forget bytes that were never released: nothing left, nothing is spent."""
-        self._advance(release, ReleaseState.DISCARDED, discarded_at=_now(), note=note)
-        self._drop_bytes("id = ?", release.id)
+        self._advance(release, ReleaseState.DISCARDED, discarded_at=_now(), note=note, file=None)
+        _unlink(release)
 
     def give_up(self, release: Release, note: str) -> ReleaseState:
         """Discard a prepared release, or count it as spent where the service may have admitted it unheard."""
@@ -389,7 +401,7 @@ class Journal:
         names = ("job", "dataset", "round_number", "kind", "metrics", "at")
         return [dict(zip(names, (*row[:4], json.loads(row[4]), row[5]), strict=True)) for row in rows]
 
-    def _advance(self, release: Release, to: ReleaseState, **columns: str) -> None:
+    def _advance(self, release: Release, to: ReleaseState, **columns: str | None) -> None:
         places = ", ".join(f"{name} = ?" for name in columns)
         sources = sorted(TRANSITIONS[to])
         marks = ", ".join("?" for _ in sources)
@@ -402,9 +414,8 @@ class Journal:
 
     def _drop_bytes(self, where: str, *values: Any) -> None:
         for release in self._releases(f"({where}) AND file IS NOT NULL", *values):
-            if release.path is not None:
-                release.path.unlink(missing_ok=True)
             self._connection.execute("UPDATE releases SET file = NULL WHERE id = ?", (release.id,))
+            _unlink(release)
 
     def _releases(self, where: str, *values: Any) -> list[Release]:
         with closing(
@@ -445,17 +456,30 @@ def _digest_of_statistics(offer: TaskOffer) -> str | None:
 
 
 class _Transaction:
-    """BEGIN IMMEDIATE … COMMIT, or ROLLBACK."""
+    """BEGIN IMMEDIATE … COMMIT, or ROLLBACK. Not `synced`: the next one that is takes it to the disk as well."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, *, synced: bool = True) -> None:
         self._connection = connection
+        self._synced = synced
 
     def __enter__(self) -> sqlite3.Connection:
+        if not self._synced:
+            self._connection.execute("PRAGMA synchronous = NORMAL")
         self._connection.execute("BEGIN IMMEDIATE")
         return self._connection
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._connection.execute("COMMIT" if kind is None else "ROLLBACK")
+        try:
+            self._connection.execute("COMMIT" if kind is None else "ROLLBACK")
+        finally:
+            if not self._synced:
+                self._connection.execute("PRAGMA synchronous = FULL")
+
+
+def _unlink(release: Release) -> None:
+    """Delete the bytes, once no row names them any more: killed in between, the next start deletes them."""
+    if release.path is not None:
+        release.path.unlink(missing_ok=True)
 
 
 def _now() -> str:

@@ -12,7 +12,7 @@ from isthmus.client import BadResponse, Client, IsthmusError, NoWork, Refused, T
 from isthmus.wire.datasets import AnnounceDataset
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import ClaimTask, FailTask, RefuseTask, TaskOffer
-from isthmus_worker.files import digest_of_file
+from isthmus_worker.files import VerifiedFiles
 from isthmus_worker.heart import Heart
 from isthmus_worker.journal import BytesDamaged, Journal, Release, key_of
 from isthmus_worker.messages import Work
@@ -78,6 +78,7 @@ class Agent:
     trainer: Trainer
     sleep: Callable[[float], None] = time.sleep
     _served: list[str] = field(default_factory=list)
+    _verified: VerifiedFiles = field(default_factory=VerifiedFiles)
 
     def run(self) -> None:
         """Announce the datasets, settle what an earlier run left, then work until something stops us.
@@ -208,8 +209,9 @@ class Agent:
     def _model(self, offer: TaskOffer, heart: Heart) -> Path:
         """The round's model as a file whose digest was checked, from the cache if it is there."""
         path = self.state.models / f"{offer.model.digest}.safetensors"
-        if path.exists() and digest_of_file(path)[0] == offer.model.digest:
+        if self._verified.holds(path, offer.model.digest):
             path.touch()
+            self._verified.note(path, offer.model.digest)
             return path
         attempt = 0
         while True:
@@ -229,6 +231,7 @@ class Agent:
                 ) from error
             else:
                 break
+        self._verified.note(path, offer.model.digest)
         for old in sorted(self.state.models.iterdir(), key=lambda one: one.stat().st_mtime, reverse=True)[MODELS_KEPT:]:
             old.unlink(missing_ok=True)
         return path

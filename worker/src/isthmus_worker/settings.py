@@ -31,6 +31,20 @@ class CsvSettings(_Section):
     """Texts that mean "not recorded", besides an empty cell."""
 
 
+class NpzSettings(_Section):
+    """Records in a NumPy archive (`.npz`): arrays with one entry a record along their first side.
+
+    A vector of numbers or of words is a column of them; an array of more sides is a column of kind `tensor`, such as
+    images. Archives with pickled objects are refused.
+    """
+
+    kind: Literal["npz"] = "npz"
+    path: Path
+    """Relative paths are seen from the configuration file."""
+    max_mb: int = Field(default=2048, ge=1)
+    """Most that all arrays may take in memory, unpacked: the file may be far smaller than what it unpacks to."""
+
+
 class EntryPointSettings(_Section):
     """Records that the organization's own function reads: it returns a `DataSource`."""
 
@@ -40,7 +54,7 @@ class EntryPointSettings(_Section):
     """Handed to the function as keyword arguments."""
 
 
-SourceSettings = Annotated[CsvSettings | EntryPointSettings, Field(discriminator="kind")]
+SourceSettings = Annotated[CsvSettings | NpzSettings | EntryPointSettings, Field(discriminator="kind")]
 
 
 class DatasetSettings(_Section):
@@ -148,7 +162,7 @@ def read_settings(path: Path) -> Settings:
 
 
 def _complaint(path: Path, problem: Any) -> str:
-    steps = [str(step) for step in problem["loc"] if step not in ("csv", "entry_point")]
+    steps = [str(step) for step in problem["loc"] if step not in ("csv", "npz", "entry_point")]
     message = problem["msg"].removeprefix("Value error, ")
     return f"{path}: {'.'.join(steps)}: {message}" if steps else f"{path}: {message}"
 
@@ -157,7 +171,7 @@ def _resolved(settings: Settings, base: Path) -> Settings:
     datasets = []
     for dataset in settings.datasets:
         source = dataset.source
-        if isinstance(source, CsvSettings):
+        if isinstance(source, CsvSettings | NpzSettings):
             source = source.model_copy(update={"path": base / source.path.expanduser()})
         datasets.append(dataset.model_copy(update={"source": source}))
     ca_file = base / settings.ca_file.expanduser() if settings.ca_file is not None else None
@@ -177,6 +191,7 @@ allowed_sources = []
 [[datasets]]
 name = "cleveland"
 description = "303 patients examined for coronary heart disease"
+# Images and other arrays: { kind = "npz", path = "images.npz" }
 source = { kind = "csv", path = "cleveland.csv", delimiter = ",", missing = [] }
 
 # Your own rules, checked here for every task, whatever the service says. What is left out is closed.

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict
 
 from isthmus_worker.files import write_durably
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 _SECRET_BYTES: Final = 32
 
@@ -115,11 +117,15 @@ class StateDir:
         finally:
             os.close(descriptor)
 
-    def identity(self) -> Ed25519PrivateKey:
+    def identity(self) -> "Ed25519PrivateKey":
         """The worker's own key, made at first use."""
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415 - only enrolment needs it
+            Ed25519PrivateKey,
+        )
+
         return Ed25519PrivateKey.from_private_bytes(_secret(self._identity))
 
-    def renew_identity(self) -> Ed25519PrivateKey:
+    def renew_identity(self) -> "Ed25519PrivateKey":
         """A fresh key in place of the worker's own: the service enrols no public key twice."""
         self._identity.unlink(missing_ok=True)
         return self.identity()

@@ -8,10 +8,8 @@ task gets a new child.
 import logging
 import os
 import select
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,6 +34,7 @@ from isthmus_worker.messages import (
     Work,
 )
 from isthmus_worker.settings import DatasetSettings, Resources
+from isthmus_worker.spawning import start_child
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +46,6 @@ _MB: Final = 1 << 20
 _READ_BYTES: Final = 1 << 16
 _LONGEST_ANSWER: Final = 16 << 20
 _NO_ANSWER: Final = "The training process said something that is no answer."
-
-_ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
-"""What a child may see of the agent's environment, besides what the configuration passes."""
 
 
 class WorkRefused(Exception):
@@ -75,10 +71,11 @@ class WorkCancelled(Exception):
 class Trainer:
     """At most one child at a time. To be used from the main thread: a child dies with the thread that started it."""
 
-    def __init__(self, resources: Resources, scratch: Path) -> None:
+    def __init__(self, resources: Resources, scratch: Path, process: "subprocess.Popen[bytes] | None" = None) -> None:
+        """`process`: a child that `start_child` has started and nobody has told anything yet."""
         self._resources = resources
         self._scratch = scratch
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = process
         self._heard = b""
         self._number = 0
         self._used_at = time.monotonic()
@@ -143,34 +140,8 @@ class Trainer:
 
     def _start(self) -> None:
         self.stop()
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch.mkdir(mode=0o700)
         self._heard = b""
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-            # -P: the working directory is not searched for modules.
-            [sys.executable, "-P", "-m", "isthmus_worker.child", str(os.getpid()), str(self._resources.max_memory_mb)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=self._scratch,
-            env=self._environment(),
-            process_group=0,
-            bufsize=0,
-        )
-        log.info("training process started", extra={"pid": self._process.pid})
-
-    def _environment(self) -> dict[str, str]:
-        """No secret of the agent's reaches the child: it gets what is listed and what the configuration passes."""
-        passed = {
-            name: os.environ[name] for name in (*_ENVIRONMENT, *self._resources.pass_environment) if name in os.environ
-        }
-        threads = str(self._resources.max_threads)
-        passed |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONDONTWRITEBYTECODE": "1"}
-        passed |= {"HOME": str(self._scratch), "TMPDIR": str(self._scratch)}
-        if paths := os.environ.get("PYTHONPATH"):
-            passed["PYTHONPATH"] = os.pathsep.join(
-                str(Path(path).resolve()) for path in paths.split(os.pathsep) if path
-            )
-        return passed
+        self._process = start_child(self._resources, self._scratch)
 
     def _ask(self, order: Work | Describe, on_alive: Callable[[float], None], cancelled: Callable[[], bool]) -> Answer:
         if self._process is None or self._process.poll() is not None:

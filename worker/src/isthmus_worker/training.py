@@ -9,6 +9,7 @@ from torch.nn import functional
 from isthmus.wire.jobs import Adam, OptimizerSpec, TrainingSpec
 from isthmus_worker.determinism import batch_generator
 from isthmus_worker.features import Examples
+from isthmus_worker.optimizers import AdamOptimizer, Optimizer, SgdOptimizer
 from isthmus_worker.refusals import DataRefused
 
 Tell = Callable[[float], None]
@@ -60,7 +61,7 @@ def train(
     for _epoch in range(spec.epochs):
         total, seen = 0.0, 0
         for batch in _batches(len(examples), size, fewest, generator):
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss = loss_of(model(inputs[batch]), targets[batch], spec.loss)
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
             optimizer.step()
@@ -70,15 +71,10 @@ def train(
     return total / seen
 
 
-def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> Optimizer:
     """A fresh optimizer over the parameters that are not frozen."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if isinstance(spec, Adam):
-        kind = torch.optim.AdamW if spec.kind == "adamw" else torch.optim.Adam
-        return kind(parameters, lr=spec.lr, betas=(spec.beta1, spec.beta2), weight_decay=spec.weight_decay)
-    return torch.optim.SGD(
-        parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, nesterov=spec.nesterov
-    )
+    return AdamOptimizer(parameters, spec) if isinstance(spec, Adam) else SgdOptimizer(parameters, spec)
 
 
 def loss_of(outputs: Tensor, targets: Tensor, loss: str, reduction: str = "mean") -> Tensor:

@@ -1,6 +1,7 @@
 """One task, from the records to the bytes that may leave. Runs in the child; the agent only ever sees the result."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,40 +14,25 @@ from isthmus.codec.errors import CodecError
 from isthmus.codec.header import Header, check_manifest
 from isthmus.federation.cohort import round_seed
 from isthmus.privacy.clipping import NonFiniteUpdate
-from isthmus.torch import ArraysMisfit, UnsupportedTensor, load_arrays, to_arrays
+from isthmus.torch import ArraysMisfit, UnsupportedTensor, to_arrays
 from isthmus.wire.base import digest_of
+from isthmus.wire.jobs import JobSpec
 from isthmus.wire.manifest import DType, Manifest, update_manifest
 from isthmus.wire.rounds import METRICS_PREFIX, STATISTICS_PREFIX, TaskKind, TaskOffer, evaluates_in_round
-from isthmus_worker.data import Table, open_source
+from isthmus_worker.data import open_source
 from isthmus_worker.determinism import settle
 from isthmus_worker.evaluation import NotMeasurable, evaluate
-from isthmus_worker.features import (
-    Examples,
-    encode_inputs,
-    encode_targets,
-    require_enough_rows,
-    require_rows,
-    require_two_classes,
-    strata,
-)
+from isthmus_worker.features import Examples, require_enough_rows, require_two_classes
 from isthmus_worker.measuring import measure_columns
 from isthmus_worker.messages import Done, Work
-from isthmus_worker.modules import module_of
+from isthmus_worker.modules import loaded_module
+from isthmus_worker.parts import Marked, Split, mark_holdout, split_examples
 from isthmus_worker.protection import protect
 from isthmus_worker.refusals import WorkBroken
-from isthmus_worker.splitting import held_out
 from isthmus_worker.training import train
 
 Tell = Callable[[float], None]
 Arrays = dict[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Split:
-    """A dataset as one job sees it, in two parts that share no row."""
-
-    training: Examples
-    holdout: Examples
 
 
 @dataclass
@@ -78,19 +64,13 @@ class Desk:
         offer = order.offer
         settle(_seed(offer), offer.spec.training.threads)
         tell(0.0)
-        try:
-            if offer.kind is TaskKind.STATISTICS:
-                tensors, metrics = _measure(order), dict[str, float]()
-            elif offer.kind is TaskKind.TRAIN:
-                tensors, metrics = _train(order, self, tell)
-            else:
-                tensors, metrics = {}, _holdout_metrics(_model(order)[0], self.split(order), offer, tell)
-        except NotMeasurable:
-            raise WorkBroken("The model's loss on the held-out records is NaN or infinite: it has diverged.") from None
-        except NonFiniteUpdate:
-            raise WorkBroken(
-                "Training diverged: the update holds NaN or an infinity. A smaller learning rate helps."
-            ) from None
+        if offer.kind is TaskKind.STATISTICS:
+            tensors, metrics = _measure(order), dict[str, float]()
+        elif offer.kind is TaskKind.TRAIN:
+            tensors, metrics = _train(order, self, tell)
+        else:
+            model, _before = _model(order)
+            tensors, metrics = {}, holdout_metrics(model, self.split(order).holdout, offer.spec, tell)
         tensors.update(_released(metrics, offer.upload_manifest))
         return _composed(tensors, order, metrics)
 
@@ -109,14 +89,55 @@ def _key_of(order: Work, stamp: str) -> str:
 
 
 def _train(order: Work, desk: Desk, tell: Tell) -> tuple[Arrays, dict[str, float]]:
-    offer, metrics = order.offer, dict[str, float]()
-    spec = offer.spec
+    offer = order.offer
     split = desk.split(order)
-    require_two_classes(spec.data, np.concatenate([split.training.targets, split.holdout.targets]))
     model, before = _model(order)
-    if evaluates_in_round(spec, offer.round_number):
-        metrics.update(_holdout_metrics(model, split, offer, tell))
-    seed = _seed(offer)
+    return local_update(
+        model,
+        before,
+        split,
+        offer.spec,
+        manifest=offer.model_manifest,
+        round_number=offer.round_number,
+        seed=_seed(offer),
+        tell=tell,
+    )
+
+
+def local_update(
+    model: nn.Module,
+    before: Mapping[str, NDArray[Any]],
+    split: Split,
+    spec: JobSpec,
+    *,
+    manifest: Manifest,
+    round_number: int,
+    seed: str,
+    tell: Tell,
+) -> tuple[Arrays, dict[str, float]]:
+    """One participation's part in a training round, from the round's model to the update that may leave.
+
+    Args:
+        model: holds `before`; trained in place.
+        before: the round's model. Not modified.
+        split: the dataset; only `split.training` is trained on.
+        spec: the job.
+        manifest: the model's.
+        round_number: the round's; it decides whether the round's model is measured first.
+        seed: the task's.
+        tell: hears of progress; may raise to stop the work.
+
+    Returns:
+        The update, clipped and noised as the job says, and what was measured.
+
+    Raises:
+        DataRefused: the records cannot serve it.
+        WorkBroken: training diverged.
+    """
+    metrics = dict[str, float]()
+    require_two_classes(spec.data, np.concatenate([split.training.targets, split.holdout.targets]))
+    if evaluates_in_round(spec, round_number):
+        metrics.update(holdout_metrics(model, split.holdout, spec, tell))
     settle(seed, spec.training.threads)  # again: neither building the model nor measuring it may move the generators
     metrics["train/loss"] = train(
         model, split.training, spec.training, record_shape=spec.data.input_shape, seed=seed, tell=tell
@@ -124,23 +145,42 @@ def _train(order: Work, desk: Desk, tell: Tell) -> tuple[Arrays, dict[str, float
     metrics["train/examples"] = float(len(split.training))
     if not np.isfinite(metrics["train/loss"]):
         raise WorkBroken("Training diverged: the loss is NaN or infinite. A smaller learning rate helps.")
-    update = difference(to_arrays(model), before, offer.model_manifest)
-    return protect(update, spec.privacy), metrics
+    update = difference(to_arrays(model), before, manifest)
+    with _divergence_told():
+        return protect(update, spec.privacy), metrics
+
+
+def holdout_metrics(model: nn.Module, examples: Examples, spec: JobSpec, tell: Tell) -> dict[str, float]:
+    """`holdout/loss` and the others of a model on records that it was not trained on.
+
+    Raises:
+        WorkBroken: the model has diverged.
+    """
+    with _divergence_told():
+        found = evaluate(model, examples, spec.data, spec.training.loss, lambda: tell(0.0))
+    return {f"holdout/{name}": value for name, value in found.items()}
+
+
+@contextmanager
+def _divergence_told() -> Iterator[None]:
+    try:
+        yield
+    except NotMeasurable:
+        raise WorkBroken("The model's loss on the held-out records is NaN or infinite: it has diverged.") from None
+    except NonFiniteUpdate:
+        raise WorkBroken(
+            "Training diverged: the update holds NaN or an infinity. A smaller learning rate helps."
+        ) from None
 
 
 def _seed(offer: TaskOffer) -> str:
     return round_seed(offer.job_seed, offer.round_number, offer.organization, offer.dataset)
 
 
-def _holdout_metrics(model: nn.Module, split: Split, offer: TaskOffer, tell: Tell) -> dict[str, float]:
-    found = evaluate(model, split.holdout, offer.spec.data, offer.spec.training.loss, lambda: tell(0.0))
-    return {f"holdout/{name}": value for name, value in found.items()}
-
-
 def _measure(order: Work) -> Arrays:
-    table, _targets, holdout = _load(order)
-    _require_enough(order, int((~holdout).sum()), int(holdout.sum()))
-    return measure_columns(table, order.offer.spec.data, ~holdout)
+    marked = _load(order)
+    _require_enough(order, int((~marked.holdout).sum()), int(marked.holdout.sum()))
+    return measure_columns(marked.table, order.offer.spec.data, ~marked.holdout)
 
 
 def difference(after: Mapping[str, NDArray[Any]], before: Mapping[str, NDArray[Any]], model: Manifest) -> Arrays:
@@ -162,28 +202,20 @@ def _model(order: Work) -> tuple[nn.Module, Arrays]:
     assert order.model_path is not None, "the agent fetches the model of every task that needs one"
     try:
         arrays = read(order.model_path, order.offer.model_manifest)
-        model = module_of(order.offer.spec.model, order.entry_points)
-        load_arrays(model, arrays)
+        model = loaded_module(order.offer.spec.model, order.entry_points, arrays)
     except (CodecError, ArraysMisfit, UnsupportedTensor) as error:
         raise WorkBroken(f"The round's model does not fit the job's: {error}") from None
     return model, arrays
 
 
-def _load(order: Work) -> tuple[Table, NDArray[Any], NDArray[np.bool_]]:
-    """All records of the dataset, their targets, and which of them are held out."""
+def _load(order: Work) -> Marked:
     spec = order.offer.spec
     table = open_source(order.dataset.source).load(spec.data.columns())
-    require_rows(table)
-    targets = encode_targets(table, spec.data)
-    key = bytes.fromhex(order.holdout_key)
-    return table, targets, held_out(strata(spec.data, targets), table.fingerprints, spec.evaluation.holdout, key)
+    return mark_holdout(table, spec, bytes.fromhex(order.holdout_key))
 
 
 def _load_split(order: Work) -> Split:
-    spec = order.offer.spec
-    table, targets, holdout = _load(order)
-    examples = Examples(inputs=encode_inputs(table, spec.data, order.offer.statistics), targets=targets)
-    return Split(training=examples.only(~holdout), holdout=examples.only(holdout))
+    return split_examples(_load(order), order.offer.spec, order.offer.statistics)
 
 
 def _released(metrics: Mapping[str, float], manifest: Manifest) -> Arrays:

@@ -20,8 +20,9 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -64,7 +65,7 @@ def put_when_admitted(
         TimedOut: a wait passed `timeout_s`, or the final answer took LONGEST_ANSWER times as long.
         BadResponse: what answers does not speak HTTP, or says no more than that it will.
     """
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         with _Connection(address, timeout_s, tls) as connection:
             connection.send_head("PUT", [*headers.items(), ("Content-Length", str(size)), ("Expect", "100-continue")])
@@ -165,14 +166,15 @@ class _Connection:
             raise ValueError(str(error)) from error
         self._send(self._h11.send(request) or b"")
 
-    def send_body(self, file: IO[bytes], size: int, progress: Progress | None) -> bool:
+    def send_body(self, file: FileIO, size: int, progress: Progress | None) -> bool:
         """Send until the end of the file, or until there is an answer; whether all was sent."""
         done = 0
-        while piece := file.read(min(PIECE_BYTES, size - done)):
-            for data in self._h11.send_with_data_passthrough(h11.Data(data=piece)) or ():
+        buffer = memoryview(bytearray(min(PIECE_BYTES, size)))  # one for all pieces: new memory is slow memory
+        while count := file.readinto(buffer[: size - done]):
+            for data in self._h11.send_with_data_passthrough(h11.Data(data=buffer[:count])) or ():  # type: ignore[arg-type]  # anything with a length passes through
                 if not self._send(data):
                     return False
-            done += len(piece)
+            done += count
             if progress is not None:
                 progress(done, size)
         if done != size:
@@ -183,7 +185,7 @@ class _Connection:
         """Nothing follows."""
         self._h11.send(h11.EndOfMessage())
 
-    def _send(self, data: bytes) -> bool:
+    def _send(self, data: bytes | memoryview) -> bool:
         """Send all of `data`; False if an answer came first, or nothing can be sent any more."""
         view = memoryview(data)
         self._selector.modify(self._socket, selectors.EVENT_READ | selectors.EVENT_WRITE)

@@ -16,6 +16,7 @@ from isthmus.client._service import Service, raise_translated
 from isthmus.client.errors import BadResponse, Refused, Unreachable
 from isthmus.wire.base import parse_repr_digest
 from isthmus.wire.version import DIGEST_HEADER, TENSORS_MEDIA_TYPE
+from isthmus.writeback import Writeback
 
 PIECE_BYTES: Final = 2**20
 
@@ -157,10 +158,12 @@ class _Download:
             self.named = _named_digest(response) or self.named
             length = response.headers.get("content-length", "")
             total = self.done + int(length) if length.isascii() and length.isdigit() else None
+            writeback = Writeback(file.fileno(), self.done)
             for piece in response.iter_bytes():  # as they come: what waits to fill a piece would be lost by a cut
                 if self.max_bytes is not None and self.done + len(piece) > self.max_bytes:
                     raise BadResponse(f"{self.address} gave more than the {self.max_bytes} bytes expected")
                 file.write(piece)
+                writeback.wrote(len(piece))
                 self.hash.update(piece)
                 self.done += len(piece)
                 _tell(self.progress, self.done, total)

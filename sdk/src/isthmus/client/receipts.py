@@ -1,7 +1,4 @@
-"""Whether a receipt is the service's. Apart from the rest, because only workers need the cryptography."""
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+"""Whether a receipt is the service's. The cryptography is loaded with the first receipt: only workers get any."""
 
 from isthmus.client.errors import IsthmusError
 from isthmus.wire.rounds import UpdateReceipt, receipt_bytes
@@ -22,6 +19,9 @@ def verify_receipt(receipt: UpdateReceipt, service_public_key: str) -> None:
         ReceiptInvalid: the signature is not that key's over this receipt.
         ValueError: `service_public_key` is no Ed25519 public key.
     """
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - see above
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415
+
     key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(service_public_key))
     signed = receipt_bytes(receipt.task_id, receipt.digest, receipt.received_at)
     try:

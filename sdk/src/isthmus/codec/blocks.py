@@ -4,6 +4,7 @@ No memory maps: their pages count as resident memory, and a file that is cut whi
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from isthmus.codec.dtypes import NUMPY_DTYPE
 from isthmus.codec.errors import LengthMismatch, shown
 from isthmus.codec.header import MAX_HEADER_BYTES, Header, TensorPlace, TensorType, encode_header, layout, read_header
+from isthmus.writeback import Writeback
 
 _COPY_BYTES: Final = 1 << 20
 
@@ -104,6 +106,7 @@ class TensorFileWriter:
         self._hashed = len(head)  # how many bytes from the beginning of the file the hash has seen
         self._digest: str | None = None
         self._file = path.open("w+b", buffering=0)
+        self._writeback = Writeback(self._file.fileno())
         self._pwrite(memoryview(head), 0)
 
     @property
@@ -135,6 +138,7 @@ class TensorFileWriter:
         if position == self._hashed:
             self._hash.update(view)
             self._hashed += len(view)
+            self._writeback.wrote(len(view))
 
     def close(self) -> None:
         """Finish the file: complete the digest and make the bytes durable.
@@ -185,5 +189,5 @@ def check_block(name: str, tensor: TensorType, start: int, block: NDArray[Any]) 
     """
     if block.dtype != NUMPY_DTYPE[tensor.dtype]:
         raise ValueError(f"a block of {block.dtype} does not fit tensor {shown(name)} of {tensor.dtype}")
-    if start < 0 or start + block.size > int(np.prod(tensor.shape, dtype=object)):
+    if start < 0 or start + block.size > math.prod(tensor.shape):
         raise ValueError(f"elements {start} to {start + block.size} lie outside of tensor {shown(name)}")

@@ -1,0 +1,1 @@
+"""The classic experiments on images: data by path from installed packages, and the jobs that learn from it."""

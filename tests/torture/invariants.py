@@ -1,0 +1,411 @@
+"""What must hold after a job, whatever was done to the processes: looked up in database, blobs and journals.
+
+Nothing is asked of the service here; only the mathematics of the aggregate is its own, because a replay is just that.
+Every rule gives sentences about what is wrong; none at all means that all hold.
+"""
+
+import hashlib
+import itertools
+import json
+import sqlite3
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import dict_row
+
+from app.blobs import checkpoint_key
+from app.credentials import verify
+from app.federation.pooling import pool_metrics
+from app.rounds.aggregation import write_aggregate
+from isthmus.federation.strategies import strategy_of
+from isthmus.wire.events import GENESIS, event_hash
+from isthmus.wire.jobs import JobSpec
+from isthmus.wire.manifest import Manifest
+from isthmus.wire.rounds import receipt_bytes
+
+Row = dict[str, Any]
+SPENT = ("released", "acknowledged")
+
+
+@dataclass
+class Record:
+    """Where to look."""
+
+    connection: psycopg.Connection
+    blobs: Path
+    """The folder of the service's blob store."""
+    journals: Mapping[str, Path]
+    """Organization -> its worker's state directory."""
+    public_key: str
+    """The service's, under which receipts verify."""
+    _replays: set[tuple[Any, ...]] = field(default_factory=set)
+
+    def rows(self, statement: str, *values: Any) -> list[Row]:
+        """What Postgres answers."""
+        with self.connection.cursor(row_factory=dict_row) as cursor:
+            return cursor.execute(statement.encode(), values).fetchall()
+
+
+def check_job(record: Record, job_id: UUID) -> list[str]:
+    """Everything about one job that has ended by completing."""
+    (job,) = record.rows("SELECT * FROM jobs WHERE id = %s", job_id)
+    rules = (_rounds, _frozen_sets, _receipts, _update_blobs, _replay, _ledger, _journals, _job_events)
+    return [f"job {str(job_id)[-6:]}: {wrong}" for rule in rules for wrong in rule(record, job)]
+
+
+def check_everything(record: Record, *, most_unreferred: int) -> list[str]:
+    """What holds across jobs: numbered ledgers, chains, one open round a job, an idle queue, and a tidy disk.
+
+    Args:
+        most_unreferred: so many files that no row names may be left, by processes that were killed.
+    """
+    rules = (_ledger_numbers, _all_chains, _one_open_round, _idle_queue)
+    found = [wrong for rule in rules for wrong in rule(record)]
+    unreferred = unreferred_files(record)
+    if len(unreferred) > most_unreferred:
+        found.append(f"{len(unreferred)} files in the blob store are named by no row; at most {most_unreferred} may be")
+    return found
+
+
+# --- one job ----------------------------------------------------------------------------------------------------------
+
+
+def _rounds(record: Record, job: Row) -> Iterator[str]:
+    """The rounds follow each other, each from the model that the one before published."""
+    if job["state"] != "completed":
+        yield f"it is {job['state']}: {job['detail']}"
+    rounds = record.rows("SELECT * FROM rounds WHERE job_id = %s ORDER BY number", job["id"])
+    checkpoints = {
+        row["round_number"]: row for row in record.rows("SELECT * FROM checkpoints WHERE job_id = %s", job["id"])
+    }
+    numbers = [row["number"] for row in rounds]
+    if numbers and numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        yield f"its rounds are {numbers}"
+    last = JobSpec.model_validate(job["spec"]).rounds
+    if sorted(checkpoints) != list(range(last + 1)):
+        yield f"its checkpoints are of rounds {sorted(checkpoints)}, not 0 to {last}"
+        return
+    model = checkpoints[0]["digest"]
+    for row in rounds:
+        if row["phase"] != "completed":
+            yield f"round {row['number']} is {row['phase']}"
+        if row["model_digest"] != model:
+            yield f"round {row['number']} did not begin with the model that the round before published"
+        if row["kind"] == "train":
+            model = checkpoints[row["number"]]["digest"]
+        if row["result_digest"] != model:
+            yield f"round {row['number']} names another result than its checkpoint"
+    if job["model_digest"] != model:
+        yield "its model is not the last checkpoint"
+
+
+def _contributions(record: Record, round_id: UUID) -> list[Row]:
+    """All updates of a round, in canonical order of their names."""
+    rows = record.rows(
+        "SELECT u.*, o.name AS organization, d.name AS dataset FROM updates u"
+        " JOIN participations p ON p.id = u.participation_id JOIN datasets d ON d.id = p.dataset_id"
+        " JOIN organizations o ON o.id = d.organization_id WHERE u.round_id = %s",
+        round_id,
+    )
+    return sorted(rows, key=lambda row: (row["organization"], row["dataset"]))
+
+
+def _frozen_sets(record: Record, job: Row) -> Iterator[str]:
+    """Every update that was accepted and not withdrawn is in its round's set once, and the record says the same."""
+    told = _events(record, f"job:{job['id']}")
+    for of in record.rows("SELECT * FROM rounds WHERE job_id = %s ORDER BY number", job["id"]):
+        number, updates = of["number"], _contributions(record, of["id"])
+        members = [row for row in updates if not row["excluded"]]
+        if of["accepted"] != len(members):
+            yield f"round {number} counts {of['accepted']} updates and has {len(members)}"
+        if [row["position"] for row in members] != list(range(len(members))):
+            yield f"round {number}: positions {[row['position'] for row in members]} are not the canonical order"
+        if any(row["position"] is not None for row in updates if row["excluded"]):
+            yield f"round {number}: an excluded update is in the set"
+        doubled = [key for key, count in Counter(row["participation_id"] for row in updates).items() if count > 1]
+        if doubled:
+            yield f"round {number}: a participation has several updates"
+        mine = [event for event in told if event["data"].get("round") == number]
+        frozen = [event["data"]["updates"] for event in mine if event["kind"] == "round-frozen"]
+        listed = [{name: row[name] for name in ("organization", "dataset", "digest", "weight")} for row in members]
+        if frozen != [listed]:
+            yield f"round {number}: the record tells {len(frozen)} freezes, or another set than the updates"
+        for kind, expected in (("round-opened", 1), ("round-completed", 1), ("update-accepted", len(updates))):
+            if (count := sum(event["kind"] == kind for event in mine)) != expected:
+                yield f"round {number}: {kind} is told {count} times, not {expected}"
+        submitted = record.rows("SELECT id FROM tasks WHERE round_id = %s AND state = 'submitted'", of["id"])
+        if {row["id"] for row in submitted} != {row["task_id"] for row in members}:
+            yield f"round {number}: the submitted tasks are not those with an update"
+        if record.rows(
+            "SELECT id FROM tasks WHERE round_id = %s AND state IN ('offered', 'claimed', 'uploading')", of["id"]
+        ):
+            yield f"round {number}: a task is still open"
+
+
+def _receipts(record: Record, job: Row) -> Iterator[str]:
+    """Every receipt carries the service's signature."""
+    for row in _updates(record, job):
+        message = receipt_bytes(row["task_id"], row["digest"], row["received_at"].astimezone(UTC))
+        if not verify(record.public_key, message, row["signature"]):
+            yield f"the receipt of update {row['digest'][:8]} does not verify"
+
+
+def _updates(record: Record, job: Row) -> list[Row]:
+    return record.rows(
+        "SELECT u.*, r.number, r.kind FROM updates u JOIN rounds r ON r.id = u.round_id WHERE r.job_id = %s", job["id"]
+    )
+
+
+def _update_blobs(record: Record, job: Row) -> Iterator[str]:
+    """What the rows name lies on the disk, with the bytes that they name."""
+    for row in _updates(record, job):
+        if not row["excluded"]:
+            yield from _blob(record, row["blob_key"], row["digest"], row["size_bytes"])
+    for row in record.rows("SELECT * FROM checkpoints WHERE job_id = %s", job["id"]):
+        yield from _blob(record, checkpoint_key(row["digest"]), row["digest"], row["size_bytes"])
+        if row["state_digest"] is not None:
+            yield from _blob(record, checkpoint_key(row["state_digest"]), row["state_digest"], None)
+
+
+def _blob(record: Record, key: str, digest: str, size_bytes: int | None) -> Iterator[str]:
+    path = record.blobs / key
+    if not path.is_file():
+        yield f"the blob {key} is missing"
+        return
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest or size_bytes not in (None, len(content)):
+        yield f"the blob {key} does not hold what its row says"
+
+
+def _replay(record: Record, job: Row) -> Iterator[str]:
+    """Each checkpoint is a function of the one before, the ordered set and the strategy's state: compute it again."""
+    spec, manifest = JobSpec.model_validate(job["spec"]), Manifest.model_validate(job["manifest"])
+    checkpoints = {
+        row["round_number"]: row for row in record.rows("SELECT * FROM checkpoints WHERE job_id = %s", job["id"])
+    }
+    for of in record.rows("SELECT * FROM rounds WHERE job_id = %s AND phase = 'completed'", job["id"]):
+        members = [row for row in _contributions(record, of["id"]) if row["position"] is not None]
+        if of["metrics"] != pool_metrics([row["released"] for row in members]):
+            yield f"round {of['number']}: its metrics are not those of its set"
+        if of["kind"] != "train":
+            continue
+        before, after = checkpoints.get(of["number"] - 1), checkpoints.get(of["number"])
+        if before is None or after is None:  # told by the rule of the rounds
+            continue
+        ordered = sorted(members, key=lambda row: row["position"])
+        weights = [row["weight"] for row in ordered]
+        digests = tuple(row["digest"] for row in ordered)
+        key = (str(spec.strategy), before["digest"], before["state_digest"], digests, tuple(weights))
+        if (*key, after["digest"], after["state_digest"]) in record._replays:
+            continue
+        paths = [record.blobs / row["blob_key"] for row in ordered]
+        state = before["state_digest"]
+        if not all(path.is_file() for path in paths):
+            yield f"round {of['number']} cannot be replayed: an update is missing"
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                again = write_aggregate(
+                    manifest,
+                    strategy_of(spec.strategy),
+                    record.blobs / checkpoint_key(before["digest"]),
+                    None if state is None else record.blobs / checkpoint_key(state),
+                    paths,
+                    weights,
+                    (Path(folder) / "model", Path(folder) / "state"),
+                )
+            except (ArithmeticError, ValueError, OSError) as error:
+                yield f"round {of['number']} cannot be replayed: {error}"
+                continue
+        if again != (after["digest"], after["state_digest"]):
+            yield f"round {of['number']}: replaying its inputs gives another checkpoint"
+        else:
+            record._replays.add((*key, *again))
+
+
+def _ledger(record: Record, job: Row) -> Iterator[str]:
+    """What was admitted was charged, once; nothing else was; and the grants count the training rounds."""
+    entries = record.rows("SELECT * FROM ledger_entries WHERE job_id = %s", job["id"])
+    charged = Counter((row["participation_id"], row["round_number"], row["release"]) for row in entries)
+    if twice := [key for key, count in charged.items() if count > 1]:
+        yield f"{len(twice)} releases were charged twice"
+    admitted = record.rows(
+        "SELECT t.participation_id, r.number, t.kind, t.admitted_digest AS digest FROM tasks t"
+        " JOIN rounds r ON r.id = t.round_id WHERE t.job_id = %s AND t.admitted_digest IS NOT NULL",
+        job["id"],
+    )
+    spends = {(row["participation_id"], row["round_number"], row["release"], row["digest"]) for row in entries}
+    admissions = {(row["participation_id"], row["number"], row["kind"], row["digest"]) for row in admitted}
+    for key in spends ^ admissions:
+        yield f"round {key[1]}: {'charged and not admitted' if key in spends else 'admitted and not charged'}"
+    for row in _updates(record, job):
+        if (row["participation_id"], row["number"], row["kind"], row["digest"]) not in spends:
+            yield f"round {row['number']}: an update was accepted that was not charged"
+    for row in record.rows(
+        "SELECT g.* FROM grants g JOIN participations p ON p.id = g.participation_id WHERE p.job_id = %s", job["id"]
+    ):
+        rounds = sum(key[0] == row["participation_id"] and key[2] == "train" for key in charged)
+        if row["rounds_used"] != rounds:
+            yield f"a grant counts {row['rounds_used']} rounds, and {rounds} were charged"
+
+
+def _journals(record: Record, job: Row) -> Iterator[str]:
+    """Each worker's own account shows at least what the service's does, and every receipt in it stands."""
+    parts = record.rows(
+        "SELECT p.id, o.name AS organization FROM participations p JOIN datasets d ON d.id = p.dataset_id"
+        " JOIN organizations o ON o.id = d.organization_id WHERE p.job_id = %s",
+        job["id"],
+    )
+    entries = record.rows("SELECT * FROM ledger_entries WHERE job_id = %s", job["id"])
+    updates = _updates(record, job)
+    for part in parts:
+        releases = _releases(record.journals[part["organization"]], str(part["id"]))
+        who = part["organization"]
+        spent = {
+            (row["round_number"], row["kind"]): row["digest"]
+            for row in releases
+            if row["state"] in SPENT or (row["state"] == "prepared" and row["unanswered"])
+        }
+        kept = [(row["round_number"], row["kind"]) for row in releases if row["state"] != "discarded"]
+        if len(kept) != len(set(kept)):
+            yield f"{who} noised twice for one round"
+        for entry in entries:
+            if entry["participation_id"] == part["id"]:
+                mine = spent.get((entry["round_number"], entry["release"]))
+                if mine is None:
+                    yield f"{who}: its own ledger does not show the spend of round {entry['round_number']}"
+                elif mine != entry["digest"]:
+                    yield f"{who}: its ledger and the service's name other bytes for round {entry['round_number']}"
+        stored = {(row["number"], row["kind"]): row for row in updates if row["participation_id"] == part["id"]}
+        acknowledged = {(row["round_number"], row["kind"]): row for row in releases if row["state"] == "acknowledged"}
+        for key, row in acknowledged.items():
+            yield from _acknowledged(who, row, stored.get(key))
+        yield from _files(who, record.journals[who], releases)
+
+
+def _acknowledged(who: str, release: Row, update: Row | None) -> Iterator[str]:
+    number = release["round_number"]
+    if update is None:
+        yield f"{who}: round {number} was acknowledged and its update is nowhere"
+        return
+    receipt = json.loads(release["receipt"])
+    same = (
+        receipt["task_id"] == str(update["task_id"])
+        and receipt["digest"] == update["digest"] == release["digest"]
+        and datetime.fromisoformat(receipt["received_at"]) == update["received_at"]
+        and receipt["signature"] == update["signature"]
+    )
+    if not same:
+        yield f"{who}: the receipt of round {number} is not that of the stored update"
+    if not update["excluded"] and update["position"] is None:
+        yield f"{who}: round {number} was acknowledged and is not in the set"
+
+
+def _releases(state: Path, participation_id: str) -> list[Row]:
+    uri = f"{(state / 'journal.sqlite').resolve().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(uri, uri=True, timeout=10)) as connection:
+        connection.row_factory = sqlite3.Row
+        found = connection.execute("SELECT * FROM releases WHERE participation_id = ?", (participation_id,))
+        return [dict(row) for row in found]
+
+
+def _files(who: str, state: Path, releases: list[Row]) -> Iterator[str]:
+    """Bytes that wait to be sent are what was noised; acknowledged ones are gone."""
+    for row in releases:
+        if row["file"] is None:
+            continue
+        if row["state"] in ("acknowledged", "discarded"):
+            yield f"{who}: round {row['round_number']} is {row['state']} and its bytes are still held"
+            continue
+        path = state / "releases" / row["file"]
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != row["digest"]:
+            yield f"{who}: the bytes of round {row['round_number']} are not those of its row"
+
+
+def _job_events(record: Record, job: Row) -> Iterator[str]:
+    yield from _chain(record, f"job:{job['id']}")
+
+
+# --- across jobs ------------------------------------------------------------------------------------------------------
+
+
+def _events(record: Record, stream: str) -> list[Row]:
+    return record.rows("SELECT * FROM events WHERE stream = %s ORDER BY sequence", stream)
+
+
+def _chain(record: Record, stream: str) -> Iterator[str]:
+    """Numbered without gaps, each naming its predecessor's hash, up to the head."""
+    previous = GENESIS
+    sequence = 0
+    for sequence, row in enumerate(_events(record, stream), 1):
+        expected = event_hash(
+            stream=stream, sequence=sequence, kind=row["kind"], at=row["at"].astimezone(UTC), actor=row["actor"],
+            data=row["data"], previous_hash=previous,
+        )  # fmt: skip
+        if row["sequence"] != sequence or row["previous_hash"] != previous or row["hash"] != expected:
+            yield f"{stream}: event {sequence} is missing, out of order or changed"
+            return
+        previous = row["hash"]
+    heads = record.rows("SELECT * FROM event_streams WHERE name = %s", stream)
+    if [(row["sequence"], row["head_hash"]) for row in heads] != [(sequence, previous)]:
+        yield f"{stream}: the chain does not end at its head"
+
+
+def _all_chains(record: Record) -> Iterator[str]:
+    for row in record.rows("SELECT name FROM event_streams"):
+        yield from _chain(record, row["name"])
+
+
+def _ledger_numbers(record: Record) -> Iterator[str]:
+    for row in record.rows(
+        "SELECT dataset_id, array_agg(sequence ORDER BY sequence) AS numbers FROM ledger_entries GROUP BY 1"
+    ):
+        if row["numbers"] != list(range(1, len(row["numbers"]) + 1)):
+            yield f"the ledger of dataset {row['dataset_id']} is not numbered without gaps"
+
+
+def _one_open_round(record: Record) -> Iterator[str]:
+    for row in record.rows(
+        "SELECT job_id, count(*) AS open FROM rounds WHERE phase IN ('collecting', 'aggregating') GROUP BY 1"
+    ):
+        if row["open"] > 1:
+            yield f"job {row['job_id']} has {row['open']} open rounds"
+
+
+def _idle_queue(record: Record) -> Iterator[str]:
+    """No queue job waits, and none that a killed process left behind is of a round that still wants it."""
+    for row in record.rows("SELECT status, args FROM procrastinate_jobs"):
+        wanted = record.rows(
+            "SELECT 1 AS one FROM rounds WHERE id = %s AND phase = 'aggregating'", UUID(row["args"]["round_id"])
+        )
+        if row["status"] == "todo" or wanted:
+            yield f"a job of the queue is {row['status']} for round {row['args']['round_id']}"
+
+
+def unreferred_files(record: Record) -> list[str]:
+    """Files in the blob store that no row names: drafts, and what killed processes had stored and not recorded."""
+    named = {row["blob_key"] for row in record.rows("SELECT blob_key FROM updates WHERE NOT excluded")}
+    for row in record.rows("SELECT digest, state_digest FROM checkpoints"):
+        named |= {checkpoint_key(digest) for digest in (row["digest"], row["state_digest"]) if digest is not None}
+    present = {str(path.relative_to(record.blobs)) for path in record.blobs.rglob("*") if path.is_file()}
+    return sorted(present - named)
+
+
+def digests_of(record: Record, job_id: UUID) -> tuple[str, ...]:
+    """The job's checkpoints, in the order of their rounds, with the strategy's states."""
+    rows = record.rows("SELECT digest, state_digest FROM checkpoints WHERE job_id = %s ORDER BY round_number", job_id)
+    return tuple(itertools.chain.from_iterable((row["digest"], row["state_digest"] or "-") for row in rows))
+
+
+def spends_of(record: Record, job_ids: Collection[UUID]) -> int:
+    """How many releases were charged for jobs."""
+    (row,) = record.rows("SELECT count(*) AS spends FROM ledger_entries WHERE job_id = ANY(%s)", list(job_ids))
+    return int(row["spends"])

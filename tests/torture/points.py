@@ -1,0 +1,123 @@
+"""Where a process can be hit: named places in the real programs, and on the wire between them.
+
+Only the standard library is imported here: the programs under torture load this file at their start.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+SERVER: Final = "server"  # answers workers
+COORDINATOR: Final = "coordinator"  # sweeps and aggregates; may be the same process
+AGENT: Final = "agent"
+CHILD: Final = "child"  # the agent's training process
+
+
+@dataclass(frozen=True)
+class Point:
+    """A function of a program; the point is passed just before it is called, or just after it returned."""
+
+    name: str
+    program: str
+    module: str
+    attribute: str
+    when: str  # "before" or "after"
+    words: str
+    needs: str = ""
+    """Another point: it is passed only after a process of a site was killed there."""
+
+
+def _points(program: str, *rows: tuple[str, ...]) -> list[Point]:
+    """Rows of (name, when, module:attribute, words), and what it needs if anything."""
+    return [Point(name, program, *where.split(":"), when, *words) for name, when, where, *words in rows]
+
+
+POINTS: Final[dict[str, Point]] = {
+    point.name: point
+    for point in [
+        *_points(
+            SERVER,
+            ("offer-uncommitted", "after", "app.rounds.offers:claim_task", "offering: claimed, not committed"),
+            ("offer-unanswered", "before", "isthmus.wire.rounds:TaskOffer.model_dump_json", "committed, not said"),
+            ("admission-asked", "before", "app.rounds.uploads:admit_update", "an upload's headers are read"),
+            ("ledger-charged", "after", "app.ledger.service:charge", "charged in the admission's transaction"),
+            ("admission-uncommitted", "after", "app.rounds.uploads:admit_update", "admitted, not committed"),
+            ("admission-unsaid", "before", "app.blobs:DirectoryBlobStore.receive", "committed, no 100 Continue yet"),
+            ("update-spooled", "after", "app.blobs:_Spool.write", "collecting: some of a body is on the disk"),
+            ("update-unnamed", "before", "app.blobs:_publish", "a body is synced and has no name"),
+            ("update-durable", "before", "app.rounds.uploads:accept_update", "a body is durable, nothing knows of it"),
+            ("accept-uncommitted", "after", "app.rounds.uploads:accept_update", "accepted, not committed"),
+            ("receipt-unsent", "after", "app.rounds.uploads:receipt_of", "accepted, the receipt has not left"),
+            ("round-due", "before", "app.rounds.closing:_freeze", "the last update is in, the set is not fixed"),
+            ("freeze-uncommitted", "after", "app.rounds.closing:_freeze", "the set is fixed, not committed"),
+            ("reoffer-uncommitted", "after", "app.rounds.closing:_offer_again", "offered anew", "in-an-epoch"),
+            ("change-heard", "before", "app.wakeups:Wakeups._wake", "a notification came, nobody was woken"),
+        ),
+        *_points(
+            COORDINATOR,
+            ("aggregation-begun", "before", "app.rounds.aggregation:_plan", "the round's lock is held"),
+            ("aggregation-reading", "before", "app.rounds.aggregation:write_aggregate", "the updates are not read yet"),
+            ("aggregate-half-written", "after", "isthmus.codec.blocks:TensorFileWriter.write_block", "half of the sum"),
+            ("aggregate-written", "after", "app.rounds.aggregation:write_aggregate", "the sum is synced, a draft"),
+            ("aggregate-stored", "after", "app.blobs:DirectoryBlobStore.adopt", "the sum has its name"),
+            ("aggregate-unpublished", "before", "app.rounds.aggregation:_complete", "between aggregate and commit"),
+            ("opening-next", "before", "app.rounds.opening:_open", "the next round is about to be opened"),
+            ("opened-uncommitted", "after", "app.rounds.opening:_open", "the next round is open, not committed"),
+            ("published-uncommitted", "after", "app.rounds.aggregation:_complete", "published, not committed"),
+            ("published-untold", "after", "app.rounds.aggregation:aggregate_round", "between commit and notify"),
+            ("sweep-begun", "before", "app.coordinator:sweep", "a sweep begins"),
+            ("leases-uncommitted", "after", "app.coordinator:lapse_leases", "a lease is lost", "task-in-hand"),
+            ("sweep-rounds", "before", "app.coordinator:list_due_rounds", "a sweep has done leases and grants"),
+        ),
+        *_points(
+            AGENT,
+            ("task-in-hand", "before", "isthmus_worker.loop:Agent.serve", "a task was claimed, nothing is done"),
+            ("model-unfetched", "before", "isthmus_worker.loop:Agent._model", "the model is about to be fetched"),
+            ("model-fetched", "after", "isthmus.client._transfer:download", "the model is here"),
+            ("training-ordered", "before", "isthmus_worker.trainer:Trainer._await", "the training process is busy"),
+            ("trained", "before", "isthmus_worker.journal:Journal.prepare", "trained, not journalled"),
+            ("bytes-named", "after", "isthmus_worker.journal:move_durably", "the bytes are in place, without a row"),
+            ("prepared", "after", "isthmus_worker.journal:Journal.prepare", "journalled, not asked for admission"),
+            ("asking", "after", "isthmus_worker.journal:Journal.note_asking", "about to ask for admission"),
+            ("admitted", "before", "isthmus_worker.journal:Journal.mark_released", "admitted, no spend recorded"),
+            ("spent", "after", "isthmus_worker.journal:Journal.mark_released", "spend recorded, nothing sent"),
+            ("receipt-in-hand", "before", "isthmus.client.receipts:verify_receipt", "a receipt came, not verified"),
+            ("receipt-verified", "before", "isthmus_worker.journal:Journal.mark_acknowledged", "verified, not kept"),
+            ("acknowledged", "after", "isthmus_worker.journal:Journal.mark_acknowledged", "the receipt is kept"),
+        ),
+        *_points(
+            CHILD,
+            ("work-begun", "before", "isthmus_worker.work:Desk.perform", "an order came"),
+            ("in-an-epoch", "after", "isthmus_worker.training:loss_of", "some batches are done"),
+            ("composing", "before", "isthmus_worker.work:_composed", "trained, nothing is written"),
+            ("upload-written", "after", "isthmus_worker.work:write", "the upload is written, the agent was not told"),
+        ),
+    ]
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WirePoint:
+    """A place in the talk between one agent and the service, seen from the relay between them.
+
+    It is passed when `after_bytes` of the body went on (`upwards`: of the request's), or at the answer's first byte,
+    which is then held back. `request` and `answer` are how their first lines begin.
+    """
+
+    name: str
+    request: bytes
+    upwards: bool
+    after_bytes: int | None
+    answer: bytes
+    words: str
+
+
+WIRE: Final[dict[str, WirePoint]] = {
+    point.name: point
+    for point in [
+        WirePoint("wire-offer", b"POST /v1/tasks/claim", False, None, b"HTTP/1.1 200", "the offer does not arrive"),
+        WirePoint("wire-model", b"GET /v1/checkpoints/", False, 400, b"HTTP/1.1 20", "while fetching the model"),
+        WirePoint("wire-admission", b"PUT /v1/tasks/", False, None, b"HTTP/1.1 100", "100 Continue does not arrive"),
+        WirePoint("wire-update", b"PUT /v1/tasks/", True, 500, b"", "while uploading"),
+        WirePoint("wire-receipt", b"PUT /v1/tasks/", False, None, b"HTTP/1.1 200", "the receipt does not arrive"),
+    ]
+}
