@@ -81,9 +81,11 @@ async def _sweep_forever(parts: Parts) -> None:
     while True:
         try:
             async with parts.locks.hold(SWEEP_LOCK) as held:
+                patience = timedelta(0)  # first of all: whoever swept until now may have died with its aggregations
                 while held:
-                    await sweep(parts)
+                    await sweep(parts, patience)
                     await asyncio.sleep(pause)
+                    patience = parts.settings.aggregation_retry
         except Exception:
             log.exception("the sweep failed; it goes on")
         await asyncio.sleep(pause)
@@ -99,8 +101,10 @@ async def _collect_forever(parts: Parts) -> None:
         await asyncio.sleep(ORPHANS_EVERY.total_seconds())
 
 
-async def sweep(parts: Parts) -> None:
+async def sweep(parts: Parts, aggregation_retry: timedelta) -> None:
     """Do what time has made due, each piece in a transaction of its own that waits for no lock for long.
+
+    An aggregation that was asked for longer ago than `aggregation_retry` is asked for again.
 
     So one bad row, or one job that somebody holds, wedges nobody else: its piece is skipped, and due again next time.
     """
@@ -128,7 +132,7 @@ async def sweep(parts: Parts) -> None:
             job, of = await hold_round(session, round_id)
             await settle(session, parts.queue, job, of, await clock(session))
     async with _piece(parts, "forgotten aggregations") as session:
-        await _defer_forgotten_aggregations(session, parts)
+        await _defer_forgotten_aggregations(session, parts, aggregation_retry)
     async with _piece(parts, "old idempotency keys") as session:
         kept = await clock(session) - IDEMPOTENCY_KEPT
         await session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < kept))
@@ -145,12 +149,12 @@ async def _piece(parts: Parts, what: str, job_id: UUID | None = None) -> AsyncIt
         log.warning("a piece of the sweep was skipped", what=what, job_id=str(job_id), error=repr(error))
 
 
-async def _defer_forgotten_aggregations(session: AsyncSession, parts: Parts) -> None:
+async def _defer_forgotten_aggregations(session: AsyncSession, parts: Parts, retry: timedelta) -> None:
     """A killed process leaves rounds aggregating that nobody works on: ask again. Asking twice is harmless."""
     now = await clock(session)
     forgotten = await session.scalars(
         select(Round.id)
-        .where(Round.phase == RoundPhase.AGGREGATING, Round.deferred_at <= now - parts.settings.aggregation_retry)
+        .where(Round.phase == RoundPhase.AGGREGATING, Round.deferred_at <= now - retry)
         .with_for_update(skip_locked=True)
     )
     for round_id in forgotten.all():

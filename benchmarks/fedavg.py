@@ -166,7 +166,7 @@ def _parts(text: str) -> list[tuple[str, str, str]]:
 def main() -> None:
     """Make the table that the command line asks for."""
     parser = arguments("fedavg", __doc__)
-    parser.add_argument("--splits", default="iid:0.92,classes:2:0.85", help="each with its target (%(default)s)")
+    parser.add_argument("--splits", default="iid:0.9,classes:2:0.85", help="each with its target (%(default)s)")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="as ExB, FedSGD always (default: all nine)")
     parser.add_argument("--seeds", type=int, default=3, help="how many are reported (default: %(default)s)")
     parser.add_argument("--rates", type=numbers, default=[0.05, 0.1, 0.2, 0.5], help="the grid (0.05,0.1,0.2,0.5)")

@@ -33,7 +33,7 @@ VARIANTS: Final = {
     "plain PyTorch, 1 process, 2 threads": "benchmarks.simulations.plain",
     "plain PyTorch, 2 processes, 1 thread": "benchmarks.simulations.plain_pool",
 }
-WARM_UP: Final = 2
+WARM_UP: Final = 1
 
 
 class Variant:
@@ -128,11 +128,14 @@ def first_rounds(images: Path, batch_size: int, times: int) -> dict[str, list[fl
 
 def measure(report: Report, images: Path, options: argparse.Namespace) -> None:
     """Fill the tables."""
-    first = first_rounds(images, options.batch_size, options.starts)
+    first = first_rounds(images, options.batch_size, options.starts - 1)
     with ExitStack() as stack:
-        running = {
-            name: stack.enter_context(variant(module, images, options.batch_size)) for name, module in VARIANTS.items()
-        }
+        running: dict[str, Variant] = {}
+        for name, module in VARIANTS.items():
+            began = time.perf_counter()
+            running[name] = stack.enter_context(variant(module, images, options.batch_size))
+            running[name].round_s()
+            first[name].append(time.perf_counter() - began)
         for one in running.values():
             for _ in range(WARM_UP):
                 one.round_s()
