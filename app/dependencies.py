@@ -3,14 +3,15 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Annotated, TypeVar, cast
+from functools import cache
+from typing import Annotated, Any, Final, TypeVar, cast
 from uuid import UUID
 
 from fastapi import Depends, Header, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from procrastinate import App as Queue
 from pydantic import BaseModel
-from sqlalchemy import ColumnElement, func, select, true, update
+from sqlalchemy import ColumnElement, Select, bindparam, func, select, true, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -83,28 +84,13 @@ NOTED_EVERY = timedelta(seconds=60)
 """How often it is noted that a key is in use, and that its worker was heard of."""
 
 
-async def authenticate(session: AsyncSession, credentials: HTTPAuthorizationCredentials | None) -> Caller:
-    """Who holds the presented key. One statement, and a second one a minute to note that the key was used.
-
-    Raises:
-        Unauthenticated: there is no key, or none that was issued here.
-        KeyExpired, KeyRevoked: it was good once.
-    """
-    caller, _ = await authenticate_asking(session, credentials, true())
-    return caller
+_NO_QUESTION: Final = true()
 
 
-async def authenticate_asking(
-    session: AsyncSession, credentials: HTTPAuthorizationCredentials | None, question: ColumnElement[bool]
-) -> tuple[Caller, bool]:
-    """As `authenticate`; and the answer to a question about the caller's rows, from the same statement.
-
-    Nobody but the caller learns it: a key that is refused is refused before anything else.
-    """
-    presented = None if credentials is None else parse_key(credentials.credentials)
-    if presented is None:
-        raise Unauthenticated
-    found = await session.execute(
+@cache
+def _holder_and(question: ColumnElement[bool]) -> Select[*tuple[Any, ...]]:
+    """A key with all that decides about it, and the answer to a question; building it costs more than running it."""
+    return (
         select(
             ApiKey.secret_hash,
             ApiKey.scopes,
@@ -125,8 +111,32 @@ async def authenticate_asking(
         .join(Principal, Principal.id == ApiKey.principal_id)
         .outerjoin(Organization, Organization.id == Principal.organization_id)
         .outerjoin(Worker, Worker.principal_id == Principal.id)
-        .where(ApiKey.id == presented.id)
+        .where(ApiKey.id == bindparam("key_id"))
     )
+
+
+async def authenticate(session: AsyncSession, credentials: HTTPAuthorizationCredentials | None) -> Caller:
+    """Who holds the presented key. One statement, and a second one a minute to note that the key was used.
+
+    Raises:
+        Unauthenticated: there is no key, or none that was issued here.
+        KeyExpired, KeyRevoked: it was good once.
+    """
+    caller, _ = await authenticate_asking(session, credentials, _NO_QUESTION)
+    return caller
+
+
+async def authenticate_asking(
+    session: AsyncSession, credentials: HTTPAuthorizationCredentials | None, question: ColumnElement[bool]
+) -> tuple[Caller, bool]:
+    """As `authenticate`; and the answer to a question about the caller's rows, from the same statement.
+
+    Nobody but the caller learns it: a key that is refused is refused before anything else.
+    """
+    presented = None if credentials is None else parse_key(credentials.credentials)
+    if presented is None:
+        raise Unauthenticated
+    found = await session.execute(_holder_and(question), {"key_id": presented.id})
     row = found.one_or_none()
     if row is None or not presented.matches(row[0]):
         raise Unauthenticated

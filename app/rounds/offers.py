@@ -5,7 +5,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from procrastinate import App as Queue
-from sqlalchemy import exists, func, select, update
+from sqlalchemy import Interval, Select, bindparam, exists, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
@@ -35,13 +35,8 @@ SOMETHING_ON_OFFER: Final = exists().where(Task.worker_id == Worker.id, Task.sta
 """Whether it is worth while to claim, asked about a `Worker` of the enclosing statement; an index answers it."""
 
 
-async def claim_task(
-    session: AsyncSession, settings: Settings, worker_id: UUID, datasets: tuple[str, ...] | None
-) -> TaskOffer | None:
-    """The worker's oldest offered task, now under a lease; None if nothing is on offer.
-
-    Locks the task alone and skips one that another call holds: two claims never get the same task.
-    """
+def _claim(*, among: bool) -> Select[Any]:
+    """What `claim_task` runs, with or without a choice of datasets; built once, which costs more than to run it."""
     offered = aliased(Task)
     candidate = (
         select(offered.id)
@@ -51,7 +46,7 @@ async def claim_task(
         .join(Dataset, Dataset.id == Participation.dataset_id)
         .join(Worker, Worker.id == offered.worker_id)
         .where(
-            offered.worker_id == worker_id,
+            offered.worker_id == bindparam("claimant"),  # no name of a column: it would be set
             Worker.revoked_at.is_(None),
             Dataset.state == DatasetState.CONFIRMED,
             offered.state == TaskState.OFFERED,
@@ -63,19 +58,19 @@ async def claim_task(
         .limit(1)
         .with_for_update(of=offered, skip_locked=True)
     )
-    if datasets is not None:
-        candidate = candidate.where(Dataset.name.in_(datasets))
+    if among:
+        candidate = candidate.where(Dataset.name.in_(bindparam("datasets", expanding=True)))
     claimed = (
         update(Task)
         .where(Task.id == candidate.scalar_subquery())
         .values(
             state=TaskState.CLAIMED,
-            lease_expires_at=func.clock_timestamp() + settings.lease,
+            lease_expires_at=func.clock_timestamp() + bindparam("lease", type_=Interval()),
         )
         .returning(Task.id, Task.kind, Task.fence, Task.attempt, Task.job_id, Task.round_id, Task.participation_id)
         .cte("claimed")
     )
-    found = await session.execute(
+    return (
         select(claimed, Job, Round, Participation, Grant, Dataset.name, Organization.name, Principal.name, Checkpoint)
         .join(Job, Job.id == claimed.c.job_id)
         .join(Round, Round.id == claimed.c.round_id)
@@ -87,6 +82,23 @@ async def claim_task(
         .outerjoin(Checkpoint, (Checkpoint.job_id == Job.id) & (Checkpoint.digest == Round.model_digest))
         .order_by(Checkpoint.round_number.desc())
         .limit(1)
+    )
+
+
+_CLAIM: Final = _claim(among=False)
+_CLAIM_AMONG: Final = _claim(among=True)
+
+
+async def claim_task(
+    session: AsyncSession, settings: Settings, worker_id: UUID, datasets: tuple[str, ...] | None
+) -> TaskOffer | None:
+    """The worker's oldest offered task, now under a lease; None if nothing is on offer.
+
+    Locks the task alone and skips one that another call holds: two claims never get the same task.
+    """
+    statement = _CLAIM if datasets is None else _CLAIM_AMONG
+    found = await session.execute(
+        statement, {"claimant": worker_id, "lease": settings.lease, "datasets": datasets or ()}
     )
     row = found.one_or_none()
     return None if row is None else _offer(settings, tuple(row))

@@ -59,6 +59,7 @@ class Ground(Island):
         self._orders = folder / "orders"
         self._models: dict[str, bytes] = {}
         self.relays: dict[str, Relay] = {}
+        self.started_at: dict[Program, int] = {}  # how long a program's log was when it was started again
         self.clock = JumpingClock(database_url)
         self.watch = Watch(database_url)
         chosen = dict(settings if settings is not None else SHORT_LEASES)

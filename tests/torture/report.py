@@ -63,7 +63,7 @@ def _row(outcomes: Sequence[Outcome], times: list[float], happened: int) -> list
 def costs(measured: Sequence[Cost]) -> Table:
     """What dead workers cost."""
     table = Table(title="A worker dies and stays dead (default settings, lease 15 s)", title_justify="left")
-    for heading in ("dies at", "over-selection", "round completed after", "promised", "waited for its lease", ""):
+    for heading in ("dies at", "over-selection", "round completed after", "promised", "its lease ended first", ""):
         table.add_column(heading)
     for cost in measured:
         table.add_row(

@@ -17,7 +17,7 @@ from isthmus.privacy.clipping import NonFiniteUpdate
 from isthmus.torch import ArraysMisfit, UnsupportedTensor, to_arrays
 from isthmus.wire.base import digest_of
 from isthmus.wire.jobs import JobSpec
-from isthmus.wire.manifest import DType, Manifest, update_manifest
+from isthmus.wire.manifest import DType, Manifest
 from isthmus.wire.rounds import METRICS_PREFIX, STATISTICS_PREFIX, TaskKind, TaskOffer, evaluates_in_round
 from isthmus_worker.data import open_source
 from isthmus_worker.determinism import settle
@@ -187,7 +187,7 @@ def difference(after: Mapping[str, NDArray[Any]], before: Mapping[str, NDArray[A
     """Trained minus round model, tensor by tensor, for the tensors that rounds average; the others stay home."""
     return {
         name: (after[name].astype(wide) - before[name].astype(wide))
-        for name, spec in update_manifest(model).tensors.items()
+        for name, spec in model.averaged().items()  # as `update_manifest`, which would be validated for every task
         for wide in (np.float64 if spec.dtype is DType.F64 else np.float32,)
     }
 
