@@ -145,6 +145,7 @@ def serve(
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nothing here asks where a request comes from
             timeout_graceful_shutdown=5,
             timeout_keep_alive=75,
             backlog=4096,  # a fleet comes back at once after a restart

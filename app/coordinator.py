@@ -95,7 +95,7 @@ async def _collect_forever(parts: Parts) -> None:
     """Every process that coordinates does it: deleting twice is harmless, and each may have a disk of its own."""
     while True:
         try:
-            await collect_orphans(parts.sessions, parts.blobs)
+            await collect_orphans(parts.single_statements, parts.blobs)
         except Exception:
             log.exception("orphaned blobs could not be collected; it is tried again")
         await asyncio.sleep(ORPHANS_EVERY.total_seconds())
@@ -108,7 +108,7 @@ async def sweep(parts: Parts, aggregation_retry: timedelta) -> None:
 
     So one bad row, or one job that somebody holds, wedges nobody else: its piece is skipped, and due again next time.
     """
-    async with parts.sessions() as session:
+    async with parts.single_statements() as session:
         lapsed = await list_lapsed(session)
         expired = await list_expired(session)
         stranded = await list_stranded(session)
@@ -125,7 +125,9 @@ async def sweep(parts: Parts, aggregation_retry: timedelta) -> None:
     for job_id in waiting:
         async with _piece(parts, "a waiting job", job_id) as session:
             await begin_if_enough(session, await get_job(session, job_id, "update"), await clock(session))
-    async with parts.sessions() as session:  # after the leases and grants: what they ended may have made rounds due
+    async with (
+        parts.single_statements() as session
+    ):  # after the leases and grants: what they ended may have made rounds due
         due = await list_due_rounds(session, await clock(session))
     for job_id, round_id in due:
         async with _piece(parts, "a round", job_id) as session:

@@ -18,6 +18,9 @@ Sessions = async_sessionmaker[AsyncSession]
 
 LOCKS_AT_ONCE: Final = 8
 """Of one process: the sweep's, and one for each aggregation that runs."""
+LOCK_PATIENCE_S: Final = 4.0
+"""So long is a connection for a lock waited for, and so long does the pool go on trying before it begins anew. Left to
+itself it waits twice as long after each attempt: a database that was away for minutes would be missed for minutes."""
 
 
 def sqlalchemy_url(url: str) -> str:
@@ -36,6 +39,7 @@ def open_engine(url: str, *, connections: int, pooled: bool = False) -> AsyncEng
         sqlalchemy_url(url),
         pool_size=connections,
         max_overflow=0,
+        pool_use_lifo=True,  # the connection used last has its statements prepared
         pool_pre_ping=False,
         connect_args={"prepare_threshold": None} if pooled else {},
     )
@@ -44,6 +48,16 @@ def open_engine(url: str, *, connections: int, pooled: bool = False) -> AsyncEng
 def open_sessions(engine: AsyncEngine) -> Sessions:
     """One session is one transaction; nothing is read again after its commit."""
     return async_sessionmaker(engine, expire_on_commit=False)
+
+
+def open_single_statements(engine: AsyncEngine) -> Sessions:
+    """Sessions in which every statement is a transaction of its own: for what takes one statement, or only reads.
+
+    Such a statement goes to Postgres once; BEGIN and COMMIT would make it three times. And nothing is rolled back: with
+    a rollback psycopg forgets all prepared statements of the connection, and Postgres plans them anew, which takes it
+    many times as long as running them.
+    """
+    return async_sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"), expire_on_commit=False)
 
 
 _CLOCK: Final = select(func.clock_timestamp())
@@ -76,6 +90,8 @@ class AdvisoryLocks:
             max_size=LOCKS_AT_ONCE,
             kwargs={"autocommit": True},
             check=AsyncConnectionPool.check_connection,  # Postgres may have been restarted since the last lock
+            timeout=LOCK_PATIENCE_S,
+            reconnect_timeout=LOCK_PATIENCE_S,
             open=False,
         )
 
@@ -90,15 +106,22 @@ class AdvisoryLocks:
     async def hold(self, key: int) -> AsyncIterator[bool]:
         """Hold a lock for as long as the block lasts; False if another holds it, here or in another process."""
         async with self._pool.connection() as connection:
-            cursor = await connection.execute("SELECT pg_try_advisory_lock(%s)", (key,))
-            row = await cursor.fetchone()
-            held = bool(row and row[0])
+            free = False
             try:
-                yield held
+                cursor = await connection.execute("SELECT pg_try_advisory_lock(%s)", (key,))
+                row = await cursor.fetchone()
+                held = bool(row and row[0])
+                free = not held
+                try:
+                    yield held
+                finally:
+                    if held:
+                        with suppress(psycopg.OperationalError):
+                            await connection.execute("SELECT pg_advisory_unlock(%s)", (key,))
+                            free = True
             finally:
-                if held:
-                    with suppress(psycopg.OperationalError):  # the connection is gone, and the lock with it
-                        await connection.execute("SELECT pg_advisory_unlock(%s)", (key,))
+                if not free:  # interrupted while it asked, or could not let go: the lock ends with its connection
+                    await connection.close()
 
 
 def alembic_config(url: str) -> "Config":

@@ -35,6 +35,7 @@ class Parts:
 
     settings: Settings
     sessions: Sessions
+    single_statements: Sessions
     locks: AdvisoryLocks
     blobs: BlobStore
     signer: Signer

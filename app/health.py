@@ -26,7 +26,7 @@ async def healthz() -> dict[str, str]:
 async def readyz(parts: PartsOf) -> dict[str, str]:
     """Asks the database, and whether changes are heard of."""
     try:
-        async with parts.sessions() as session:
+        async with parts.single_statements() as session:
             await session.execute(text("SELECT 1"))
     except (SQLAlchemyError, OSError) as error:
         raise NotReady("The database does not answer.", retry_after_s=1) from error

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 
-from app import coordinator, documentation, health, problems
+from app import coordinator, documentation, garbage, health, problems
 from app.admin.router import router as admin
 from app.audit.router import router as audit
 from app.blobs import DirectoryBlobStore
 from app.credentials import load_signer
-from app.database import AdvisoryLocks, open_engine, open_sessions
+from app.database import AdvisoryLocks, open_engine, open_sessions, open_single_statements
 from app.datasets.router import router as datasets
 from app.dependencies import Parts
 from app.jobs.router import router as jobs
@@ -37,6 +37,7 @@ async def open_parts(settings: Settings, meters: Meters | None = None) -> AsyncI
         url, connections=settings.database_connections, pooled=settings.database_direct_url is not None
     )
     sessions = open_sessions(engine)
+    single_statements = open_single_statements(engine)
     signer = load_signer(
         settings.signing_key_file or settings.data_dir / "signing-key.pem",
         create=settings.environment == "development",
@@ -47,10 +48,11 @@ async def open_parts(settings: Settings, meters: Meters | None = None) -> AsyncI
             yield Parts(
                 settings=settings,
                 sessions=sessions,
+                single_statements=single_statements,
                 locks=locks,
                 blobs=DirectoryBlobStore(settings.data_dir / "blobs"),
                 signer=signer,
-                wakeups=Wakeups(direct, sessions),
+                wakeups=Wakeups(direct, single_statements),
                 queue=queue,
                 meters=meters or Meters(),
             )
@@ -79,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
             parts = await stack.enter_async_context(open_parts(settings, meters))
             app.state.parts = parts
             await stack.enter_async_context(running(asyncio.create_task(parts.wakeups.run())))
+            await stack.enter_async_context(running(asyncio.create_task(garbage.collect_seldom())))
             if settings.coordinate:
                 await stack.enter_async_context(coordinator.coordinating(parts))
             yield
@@ -92,6 +95,16 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     documentation.install(app)
     app.include_router(health.router)
-    for router in (organizations, admin, workers, datasets, ledger, jobs, participations, rounds, audit):
+    for router in (
+        rounds,
+        jobs,
+        organizations,
+        admin,
+        workers,
+        datasets,
+        ledger,
+        participations,
+        audit,
+    ):  # busiest first
         app.include_router(router, prefix=API_PREFIX)
     return app

@@ -24,16 +24,22 @@ from isthmus.wire.rounds import TaskState
 
 log = structlog.get_logger(__name__)
 
-CHANNEL: Final = "isthmus_jobs"
+CHANGES: Final = "isthmus_changes"
+"""Something of a job changed, but nothing is newly on offer: only who watches the job is woken."""
+OFFERS: Final = "isthmus_offers"
+"""Tasks of a job may be on offer: the workers that they are for are woken too."""
 RECONNECT_S: Final = 0.5
 
 
-_NOTIFY: Final = select(func.pg_notify(CHANNEL, bindparam("job_id")))
+_NOTIFY: Final = select(func.pg_notify(bindparam("channel"), bindparam("job_id")))
 
 
-async def announce_change(session: AsyncSession, job_id: UUID) -> None:
-    """Tell every process, when this transaction commits, that the job changed. Equal ones are coalesced."""
-    await session.execute(_NOTIFY, {"job_id": str(job_id)})
+async def announce_change(session: AsyncSession, job_id: UUID, *, offers: bool = True) -> None:
+    """Tell every process, when this transaction commits, that the job changed. Equal ones are coalesced.
+
+    `offers`: whether tasks may be on offer now that were not before. To say so wrongly costs one query.
+    """
+    await session.execute(_NOTIFY, {"channel": OFFERS if offers else CHANGES, "job_id": str(job_id)})
 
 
 class Wakeups:
@@ -46,7 +52,7 @@ class Wakeups:
         self._jobs: dict[UUID, set[asyncio.Event]] = {}
         self.connected = asyncio.Event()
         self.heard = 0
-        """Counts what may have been news to somebody: notifications, and connections made anew."""
+        """Counts what may have been news to a worker: offers announced, and connections made anew."""
         self.closing = False
         """Whether the process is about to end: nobody waits here any more."""
 
@@ -86,31 +92,38 @@ class Wakeups:
     async def _listen(self) -> None:
         connection = await psycopg.AsyncConnection.connect(self._url, autocommit=True)
         async with connection:
-            await connection.execute(f"LISTEN {CHANNEL}")
+            await connection.execute(f"LISTEN {CHANGES}")
+            await connection.execute(f"LISTEN {OFFERS}")
             self.connected.set()
             self.heard += 1
             _set(event for events in (*self._workers.values(), *self._jobs.values()) for event in events)
             while True:
                 # The first notification is waited for; those that came with it are taken along, for one query.
-                heard = {note.payload async for note in connection.notifies(stop_after=1)}
-                heard |= {note.payload async for note in connection.notifies(timeout=0)}
-                self.heard += 1
-                await self._wake({UUID(payload) for payload in heard})
+                notes = [note async for note in connection.notifies(stop_after=1)]
+                notes += [note async for note in connection.notifies(timeout=0)]
+                _set(event for note in notes for event in self._jobs.get(UUID(note.payload), ()))
+                if offering := {UUID(note.payload) for note in notes if note.channel == OFFERS}:
+                    self.heard += 1
+                    await self._wake_workers(offering)
 
-    async def _wake(self, jobs: set[UUID]) -> None:
-        _set(event for job in jobs for event in self._jobs.get(job, ()))
+    async def _wake_workers(self, jobs: set[UUID]) -> None:
+        """Wake the workers that tasks of these jobs are on offer for."""
         if not self._workers:
             return
         try:
             async with self._sessions() as session:
-                offered = await session.scalars(
-                    select(Task.worker_id).where(Task.state == TaskState.OFFERED, Task.job_id.in_(jobs)).distinct()
-                )
-                concerned = set(offered)
+                concerned = set(await session.scalars(_CONCERNED, {"jobs": list(jobs)}))
         except Exception as error:  # rather all of them too early than one of them too late
             log.warning("who is concerned could not be asked; everybody is woken", error=str(error))
             concerned = set(self._workers)
         _set(event for worker in concerned for event in self._workers.get(worker, ()))
+
+
+_CONCERNED: Final = (
+    select(Task.worker_id)
+    .where(Task.state == TaskState.OFFERED, Task.job_id.in_(bindparam("jobs", expanding=True)))
+    .distinct()
+)
 
 
 def _set(events: Iterable[asyncio.Event]) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.credentials import issue_key
 from app.models import ApiKey, Base, Dataset, Grant, Participation, Principal, Worker, uuid7
-from app.wakeups import CHANNEL
+from app.wakeups import OFFERS
 from isthmus.wire.datasets import AutomaticApproval, DatasetState, UsePolicy
 from isthmus.wire.jobs import JobSpec, JobView, ParticipationState
 from isthmus.wire.organizations import Role, Scope
@@ -70,7 +70,7 @@ class Fleet:
                 " clock_timestamp())",
                 rows,
             )
-        await connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, str(self.job_id)))
+        await connection.execute("SELECT pg_notify(%s, %s)", (OFFERS, str(self.job_id)))
 
     async def withdraw(self, connection: psycopg.AsyncConnection[Any], members: Sequence[Member]) -> None:
         """Remove the tasks again, so that their leases do not lapse and the same workers can be offered more."""

@@ -39,7 +39,6 @@ from isthmus.wire.workers import EnrollWorker
 from tests.acceptance.island import POLICY, Island, Program, free_port, island, until
 
 SITES: Final = 5
-SERVERS: Final = {"uvicorn": "app", "granian": "benchmarks.granian_service"}
 LOCAL: Final[dict[str, Any]] = {"holdout": 0, "release": "local"}
 PIECE_BYTES: Final = 1 << 20
 DATA: Final = DatasetSchema(
@@ -70,9 +69,6 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=100.0, help="MB of 10^6 bytes of the model (default: 100)")
     parser.add_argument("--rounds", type=int, default=4, help=f"{SITES} updates each (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where everything is kept meanwhile (default: the system's own)")
-    parser.add_argument(
-        "--server", choices=("uvicorn", "granian"), default="uvicorn", help="what serves the checked service"
-    )
     options = parser.parse_args()
     with ExitStack() as stack:
         stack.enter_context(ending_on_signals())
@@ -80,24 +76,24 @@ def main() -> None:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         url, _ = stack.enter_context(database(folder / "postgres"))
         opened = stack.enter_context(island(folder / "island", url, **DEFAULTS, ISTHMUS_COORDINATE="false"))
-        Ingest(opened, stack, options.size, options.server).measure(options.rounds).finish(options.json)
+        Ingest(opened, stack, options.size).measure(options.rounds).finish(options.json)
 
 
 class Ingest:
     """Sites that hand in one and the same update, round after round, to servers in turn."""
 
-    def __init__(self, opened: Island, stack: ExitStack, size_mb: float, server: str) -> None:
+    def __init__(self, opened: Island, stack: ExitStack, size_mb: float) -> None:
         self._island, self._stack = opened, stack
         self._folder = opened.folder
         opened.researcher = None
-        first = self._program("service", SERVERS[server], "serve", "--no-migrate", port=urlsplit(opened.url).port or 0)
+        first = self._program("service", "app", "serve", "--no-migrate", port=urlsplit(opened.url).port or 0)
         opened.service = first
         first.start()
         until(opened._ready, "the service is ready")
         opened.researcher = opened._principal("ada", Role.RESEARCHER)
         self._keys = [self._enrol(number) for number in range(SITES)]
-        self.checked = self._serves(server, opened.url, first)
-        self.unchecked = self._second("unchecked", "benchmarks.unchecked_service")
+        self.checked = self._serves("the service", opened.url, first)
+        self.unchecked = self._second("without checks", "benchmarks.unchecked_service")
         coordinator = self._program("coordinator", "app", "coordinate")
         coordinator.start()
         stack.callback(coordinator.kill)
@@ -160,7 +156,7 @@ class Ingest:
         assert self._update is not None
         report = Report("ingest", f"One update of {self._size_mb:g} MB, durable", ["what", "s", "MB/s", "of", "share"])
         together = self._together(offers)  # first, on a service that has done nothing yet
-        ways = {name: Samples() for name in (self.checked.name, "unchecked", "socket", "sha256")}
+        ways = {name: Samples() for name in (self.checked.name, self.unchecked.name, "socket", "sha256")}
         down = {name: Samples() for name in ("download", "socket")}
         with raw_receiver(self._folder / "received") as send:
             send(self._update)  # the first time makes the file
@@ -190,10 +186,10 @@ class Ingest:
         medians = {name: statistics.median(samples.seconds) for name, samples in ways.items()}
         for name, samples in ways.items():
             spread = Spread.of(samples.seconds)
-            for other in ("unchecked", "socket") if name == self.checked.name else ("",):
+            for other in (self.unchecked.name, "socket") if name == self.checked.name else ("",):
                 share = medians[other] / medians[name] if other else None
                 report.row(name, spread, round(self._size_mb / spread.median), other or None, share)
-        for name in (self.checked.name, "unchecked"):
+        for name in (self.checked.name, self.unchecked.name):
             cpu = statistics.median(ways[name].server_cpu_s)
             report.note(f"{name}: {cpu:.3f} CPU seconds of the server's process for one update.")
         report.note("share: throughput divided by that of the way named under `of`.")

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,6 @@ from isthmus_worker.simulation.pool import Pool
 CLIENTS = 10
 FEWEST_ROWS = 20
 """Of a client. A Dirichlet cut that gives somebody fewer is drawn again."""
-
-
-class KeptPool(Pool):
-    """Processes that one simulation after another uses: they start once, and end with `close`."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """A simulation is over: the next one may follow."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +74,8 @@ class Federation:
 @contextmanager
 def federation(parts: Parts, processes: int) -> Iterator[Federation]:
     """The images as tables, and processes for as long as the block runs."""
-    pool = KeptPool(processes)
-    try:
+    with Pool(processes) as pool:
         yield Federation(as_table(parts.train), as_table(without_images_of(parts.test, parts.train)), pool)
-    finally:
-        pool.close()
 
 
 def as_table(images: Labelled) -> Table:

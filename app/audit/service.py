@@ -5,17 +5,18 @@ and one update a stream, whatever happened, and no stream's lock is held while a
 rolls back leaves no event.
 """
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import bindparam, event, insert, select, update
+from sqlalchemy import bindparam, event, select, text
 from sqlalchemy.dialects.postgresql import insert as insert_if_new
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from app.models import Event, EventStream
+from app.models import EventStream
 from app.models.base import uuid7
 from isthmus.wire.events import GENESIS, EventKind, event_hash
 
@@ -23,6 +24,7 @@ PLATFORM: Final = "platform"
 SERVICE: Final = "service"
 
 _NOTED: Final = "events noted for the commit"
+_HEADS: Final = "heads of streams that this transaction has locked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,10 @@ def _write(session: Session) -> None:
     noted: list[_Noted] = session.info.pop(_NOTED, [])
     if not noted:
         return
-    heads = _locked_heads(session, sorted({item.stream for item in noted}))
+    known: dict[str, tuple[int, str]] = session.info.pop(_HEADS, {})
+    streams = sorted({item.stream for item in noted})
+    heads = {name: known[name] for name in streams if name in known}
+    heads |= _locked_heads(session, [name for name in streams if name not in heads])
     rows = []
     for item in noted:
         sequence, previous = heads[item.stream]
@@ -77,11 +82,11 @@ def _write(session: Session) -> None:
         )
         rows.append(
             {
-                "id": uuid7(),
+                "id": str(uuid7()),
                 "stream": item.stream,
                 "sequence": sequence + 1,
-                "kind": item.kind,
-                "at": item.at,
+                "kind": item.kind.value,
+                "at": item.at.isoformat(),
                 "actor": item.actor,
                 "data": item.data,
                 "previous_hash": previous,
@@ -89,27 +94,43 @@ def _write(session: Session) -> None:
             }
         )
         heads[item.stream] = (sequence + 1, digest)
-    connection = session.connection()
-    connection.execute(_INSERT, rows)
-    connection.execute(_MOVE, [{"stream": name, "last": last, "head": head} for name, (last, head) in heads.items()])
+    moved = [{"name": name, "sequence": last, "head_hash": head} for name, (last, head) in heads.items()]
+    session.connection().execute(_WRITE, {"events": json.dumps(rows), "heads": json.dumps(moved)})
 
 
+def know_head(session: AsyncSession, stream: str, sequence: int, head_hash: str) -> None:
+    """Tell what the last event of a stream is, where its row was read under its lock: it need not be read again."""
+    session.info.setdefault(_HEADS, {})[stream] = (sequence, head_hash)
+
+
+# One statement, whatever the number of events. The type `json` keeps `data` letter by letter: it is what was hashed.
+_WRITE: Final = text(
+    """
+    WITH moved AS (
+        UPDATE event_streams SET sequence = head.sequence, head_hash = head.head_hash
+        FROM json_to_recordset(CAST(:heads AS json)) AS head(name text, sequence integer, head_hash text)
+        WHERE event_streams.name = head.name
+    )
+    INSERT INTO events (id, stream, sequence, kind, at, actor, data, previous_hash, hash)
+    SELECT id, stream, sequence, kind, at, actor, data, previous_hash, hash
+    FROM json_to_recordset(CAST(:events AS json)) AS event(
+        id uuid, stream text, sequence integer, kind text, at timestamptz, actor text, data json,
+        previous_hash text, hash text
+    )
+    """
+)
 _LOCK: Final = (
     select(EventStream.name, EventStream.sequence, EventStream.head_hash)
     .where(EventStream.name.in_(bindparam("streams", expanding=True)))
     .order_by(EventStream.name)
     .with_for_update()
 )
-_INSERT: Final = insert(Event.__table__)  # type: ignore[arg-type]  # mypy takes it for any FromClause
-_MOVE: Final = (
-    update(EventStream.__table__)  # type: ignore[arg-type]
-    .where(EventStream.__table__.c.name == bindparam("stream"))
-    .values(sequence=bindparam("last"), head_hash=bindparam("head"))
-)
 
 
 def _locked_heads(session: Session, streams: list[str]) -> dict[str, tuple[int, str]]:
     """Stream -> number and hash of its last event. A stream begins with its first event."""
+    if not streams:
+        return {}
     heads = {name: (last, head) for name, last, head in session.execute(_LOCK, {"streams": streams})}
     missing = [name for name in streams if name not in heads]
     if missing:

@@ -15,6 +15,7 @@ from app.dependencies import Caller
 from app.errors import DatasetServedElsewhere, Forbidden
 from app.models import Dataset, Worker
 from isthmus.wire.base import digest_of
+from isthmus.wire.data import ColumnSchema, DatasetSchema
 from isthmus.wire.datasets import AnnounceDataset, DatasetState, DatasetView, UsePolicy
 from isthmus.wire.events import EventKind
 
@@ -96,9 +97,9 @@ async def _change(
     return True
 
 
-def _columns(schema: dict[str, Any]) -> dict[str, Any]:
-    """The columns by name: their order means nothing."""
-    return {column["name"]: column for column in schema["columns"]}
+def _columns(schema: dict[str, Any]) -> dict[str, ColumnSchema]:
+    """The columns by name: their order means nothing, nor do keys that a schema was stored without, long ago."""
+    return {column.name: column for column in DatasetSchema.model_validate(schema).columns}
 
 
 async def _announced(session: AsyncSession, dataset: Dataset, *, at: datetime, actor: str) -> None:

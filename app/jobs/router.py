@@ -133,7 +133,7 @@ async def put_model(
         expected = parse_repr_digest(digest)
     except ValueError as error:
         raise InvalidRequest(f"{DIGEST_HEADER}: {error}.") from error
-    async with parts.sessions() as session:
+    async with parts.single_statements() as session:
         inspector = ModelInspector(await service.require_draft(session, caller, job_id), length)
     stored = await parts.blobs.receive(
         checkpoint_key(expected), request.stream(), length=length, digest=expected, inspector=inspector
@@ -164,7 +164,7 @@ def _declared_length(request: Request, largest: int) -> int:
 )
 async def get_model(job_id: UUID, request: Request, parts: PartsOf, caller: BriefJobReader) -> Response:
     """The newest checkpoint of a job: the final model, once it has completed."""
-    async with parts.sessions() as session:
+    async with parts.single_statements() as session:
         digest = await queries.get_model_digest(session, caller, job_id)
     return await _checkpoint(parts, request, digest, immutable=False)
 
@@ -177,7 +177,7 @@ async def get_model(job_id: UUID, request: Request, parts: PartsOf, caller: Brie
 )
 async def get_checkpoint(digest: Digest, request: Request, parts: PartsOf, credentials: Credentials) -> Response:
     """A model by its digest. The bytes behind a digest never change, so keep them as long as you like."""
-    async with parts.sessions.begin() as session:
+    async with parts.single_statements() as session:
         caller = check_scope(await authenticate(session, credentials), Scope.JOBS_READ, Scope.TASKS)
         await queries.require_checkpoint(session, caller, digest)
     return await _checkpoint(parts, request, digest, immutable=True)
@@ -346,7 +346,7 @@ async def list_events_of_job(
 ) -> Page[EventView] | Response:
     """The job's hash-chained events, as a page or as server-sent events."""
     since = last_event_id if last_event_id is not None else after
-    async with parts.sessions() as session:
+    async with parts.single_statements() as session:
         await queries.require_open(session, caller, job_id)
         if EVENTS_MEDIA_TYPE not in request.headers.get("accept", ""):
             return await page_events(session, job_stream(job_id), paging, after=since)

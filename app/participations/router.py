@@ -81,5 +81,5 @@ async def withdraw(
     async with parts.sessions.begin() as session:
         deleted = await service.withdraw(session, parts.queue, caller, participation_id, body.note)
     await service.delete_blobs(parts.blobs, deleted)
-    async with parts.sessions() as session:
+    async with parts.single_statements() as session:
         return await queries.get_participation_view(session, caller, participation_id)

@@ -86,7 +86,7 @@ async def aggregate_round(parts: Parts, round_id: UUID) -> None:
     async with parts.locks.hold(lock_key(round_id)) as held:
         if not held:
             return
-        async with parts.sessions() as session:
+        async with parts.single_statements() as session:
             plan = await _plan(session, round_id)
         if plan is None:
             return

@@ -75,7 +75,7 @@ async def _freeze(session: AsyncSession, queue: Queue, job: Job, of: Round, even
         ],
     )
     await defer(session, queue, AGGREGATE_ROUND, round_id=of.id)
-    await announce_change(session, job.id)
+    await announce_change(session, job.id, offers=False)
 
 
 async def _offer_again(session: AsyncSession, job: Job, of: Round, now: datetime) -> None:

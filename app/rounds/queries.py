@@ -6,12 +6,25 @@ from datetime import datetime
 from typing import Any, Final, Literal
 from uuid import UUID
 
-from sqlalchemy import Select, bindparam, exists, func, select, text
+from sqlalchemy import Select, Text, bindparam, cast, exists, func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.audit.service import know_head
 from app.errors import NotFound
 from app.federation.lifecycle import OFFERED_AGAIN, OPEN_TASKS, RoundState
-from app.models import Checkpoint, Dataset, Grant, Job, Organization, Participation, Round, Task, Update, Worker
+from app.models import (
+    Checkpoint,
+    Dataset,
+    EventStream,
+    Grant,
+    Job,
+    Organization,
+    Participation,
+    Round,
+    Task,
+    Update,
+    Worker,
+)
 from app.models.base import UtcDateTime
 from isthmus.wire.datasets import DatasetState
 from isthmus.wire.jobs import JobState, ParticipationState
@@ -50,12 +63,15 @@ async def get_round(session: AsyncSession, round_id: UUID, lock: Lock = None) ->
     return found
 
 
+_STREAM: Final = (EventStream.name, EventStream.sequence, EventStream.head_hash)
+_OF_JOB: Final = EventStream.name == func.concat("job:", cast(Job.id, Text))
 _ROUND_WITH_JOB: Final = (
-    select(Job, Round)
+    select(Job, Round, *_STREAM)
     .join(Round, Round.job_id == Job.id)
+    .join(EventStream, _OF_JOB)
     .where(Round.id == bindparam("round_id"))
     .execution_options(populate_existing=True)
-    .suffix_with(text("FOR UPDATE OF jobs, rounds"))  # in this order: see `hold_task`
+    .suffix_with(text("FOR UPDATE OF jobs, rounds, event_streams"))  # in this order: see `hold_task`
 )
 
 
@@ -68,7 +84,9 @@ async def hold_round(session: AsyncSession, round_id: UUID) -> tuple[Job, Round]
     row = (await session.execute(_ROUND_WITH_JOB, {"round_id": round_id})).one_or_none()
     if row is None:
         raise NotFound("round", round_id)
-    return row[0], row[1]
+    job, of, stream, sequence, head_hash = row
+    know_head(session, stream, sequence, head_hash)
+    return job, of
 
 
 async def find_open_round(session: AsyncSession, job_id: UUID, lock: Lock = None) -> Round | None:
@@ -117,9 +135,10 @@ class HeldTask:
 
 
 _HELD: Final = (
-    select(Job, Round, Task, Participation, Grant, Dataset.id, Dataset.name, Dataset.state, Organization.name)
+    select(Job, Round, Task, Participation, Grant, Dataset.id, Dataset.name, Dataset.state, Organization.name, *_STREAM)
     .select_from(Task)
     .join(Job, Job.id == Task.job_id)
+    .join(EventStream, _OF_JOB)
     .join(Round, Round.id == Task.round_id)
     .join(Participation, Participation.id == Task.participation_id)
     .join(Grant, Grant.participation_id == Participation.id)
@@ -132,7 +151,9 @@ _HELD: Final = (
 _ADMITTING: Final = _HELD.suffix_with(
     text("FOR SHARE OF jobs, rounds FOR UPDATE OF tasks, participations, grants FOR NO KEY UPDATE OF datasets")
 )
-_ACCEPTING: Final = _HELD.suffix_with(text("FOR UPDATE OF jobs, rounds, tasks FOR SHARE OF participations"))
+_ACCEPTING: Final = _HELD.suffix_with(
+    text("FOR UPDATE OF jobs, rounds, tasks FOR SHARE OF participations FOR UPDATE OF event_streams")
+)
 
 
 async def hold_task(
@@ -151,7 +172,10 @@ async def hold_task(
     row = found.one_or_none()
     if row is None:
         raise NotFound("task", task_id)
-    return HeldTask(*row)
+    *held, stream, sequence, head_hash = row
+    if purpose == "accept":
+        know_head(session, stream, sequence, head_hash)
+    return HeldTask(*held)
 
 
 @dataclass(frozen=True, slots=True)

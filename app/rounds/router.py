@@ -116,13 +116,13 @@ async def claim(
 
 async def _look(parts: Parts, credentials: Credentials) -> tuple[UUID, bool]:
     """Who asks, and whether it is worth while to claim. A function of its own: who waits keeps nothing of it."""
-    async with parts.sessions.begin() as session:
+    async with parts.single_statements() as session:
         caller, offered = await authenticate_asking(session, credentials, offers.SOMETHING_ON_OFFER)
     return worker_of(check_scope(caller, Scope.TASKS)), offered
 
 
 async def _try_claim(parts: Parts, worker_id: UUID, body: ClaimTask) -> TaskOffer | None:
-    async with parts.sessions.begin() as session:
+    async with parts.single_statements() as session:
         return await offers.claim_task(session, parts.settings, worker_id, body.datasets)
 
 

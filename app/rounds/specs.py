@@ -11,7 +11,7 @@ from typing import Final, Generic, TypeVar
 from app.models import Job
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.manifest import Manifest
-from isthmus.wire.rounds import TaskKind, task_manifest
+from isthmus.wire.rounds import TaskKind, evaluates_in_round, task_manifest
 
 KEPT: Final = 256
 """Jobs, or tasks, whose parsed parts are kept; those used longest ago are forgotten."""
@@ -52,5 +52,11 @@ def manifest_of(job: Job) -> Manifest:
 
 
 def manifest_of_task(job: Job, kind: TaskKind, number: int) -> Manifest:
-    """What an upload for round `number` of a job that was started must hold."""
-    return _manifests.get((job.id, kind, number), lambda: task_manifest(kind, spec_of(job), number, manifest_of(job)))
+    """What an upload for round `number` of a job that was started must hold.
+
+    Rounds differ in whether they measure the model, and in nothing else: kept by number, the manifests of a large model
+    in a long job would take gigabytes.
+    """
+    spec = spec_of(job)
+    key = (job.id, kind, evaluates_in_round(spec, number))
+    return _manifests.get(key, lambda: task_manifest(kind, spec, number, manifest_of(job)))

@@ -330,7 +330,7 @@ async def accept_update(
     )
     # Below its minimum an accepted update makes nothing due at once; the sweep sees a round that nobody can fill.
     if of.accepted < of.min_updates or await settle(session, queue, job, of, now) is None:
-        await announce_change(session, job.id)
+        await announce_change(session, job.id, offers=False)
     return accepted, True
 
 

@@ -62,6 +62,22 @@ def test_more_rows_keep_a_dataset_confirmed_and_other_columns_do_not(platform: P
     assert (reshaped.state, reshaped.confirmed_at) == (DatasetState.ANNOUNCED, None)
 
 
+def test_a_dataset_stored_before_columns_had_shapes_stays_confirmed_when_it_is_announced_again(
+    platform: Platform, clinic: Clinic
+) -> None:
+    confirmed = platform.dataset(clinic.worker, confirmed_by=clinic.steward)
+    platform.execute(
+        "UPDATE datasets SET data_schema = jsonb_build_object('columns', (SELECT jsonb_agg(one - 'shape')"
+        " FROM jsonb_array_elements(data_schema::jsonb -> 'columns') AS one))"
+    )
+    ((stored,),) = platform.execute("SELECT data_schema FROM datasets")
+    assert all(column.keys() == {"name", "kind", "missing"} for column in stored["columns"])
+
+    again = clinic.worker.datasets.announce("heart", announcement())
+
+    assert (again.state, again.confirmed_at) == (DatasetState.CONFIRMED, confirmed.confirmed_at)
+
+
 def test_a_dataset_is_served_by_one_worker(platform: Platform, clinic: Clinic) -> None:
     platform.dataset(clinic.worker)
     other = platform.worker(clinic.organization)

@@ -24,14 +24,14 @@ from tests.standing import Wire, update_headers
 
 ADMISSION = 5
 """The key; task and all that decides about it, locked; the ledger; the grant, the task."""
-ACCEPTANCE = 9
-"""Task and all that decides about it, locked; clock; round, task, update; NOTIFY; three of an event."""
+ACCEPTANCE = 7
+"""Task and all that decides about it, locked; clock; round, task, update; NOTIFY; the event."""
 REPETITION = 3
 """The key, the task, the update."""
-CLOSING = 11
+CLOSING = 9
 """An acceptance; the order of its set and the numbers in it; two events cost no more than one."""
-AGGREGATION = 14
-"""Two to read; job and round, clock; three to publish; candidates; round, tasks; NOTIFY; three of two events."""
+AGGREGATION = 12
+"""Two to read; job and round, clock; three to publish; candidates; round, tasks; NOTIFY; two events in one."""
 
 
 class Statements(list[str]):

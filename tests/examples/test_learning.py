@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.fedavg import MODEL, SHAPE
+from benchmarks.fedavg import FEDSGD, MODEL, SHAPE, TUNING_SEED, Row, best_rate
 from benchmarks.learning import as_table, job, rounds_to
 from examples.images.mnist_5k import mnist_5k
 from isthmus_worker.simulation.clients import ClientsRefused, cut, without_shared
@@ -59,3 +59,32 @@ def test_rounds_to_a_target_are_read_off_the_best_so_far(accuracies: list[float]
     found = rounds_to(accuracies, 0.7)
 
     assert found is None if rounds is None else found == pytest.approx(rounds)
+
+
+class Needed:
+    """Runs that need fewest rounds with one learning rate, and more the farther away another one is."""
+
+    def __init__(self, best: float) -> None:
+        self._best = best
+        self.tried: list[float] = []
+
+    def rounds(self, _split: str, _row: Row, rate: float, seed: int, most: int) -> float:
+        assert seed == TUNING_SEED
+        self.tried.append(rate)
+        needed = 10 + 10 * abs(np.log2(rate / self._best))
+        return float(needed) if needed <= most else float("inf")
+
+
+@pytest.mark.parametrize(("best", "rates"), [(0.1, 3), (0.8, 6), (3.2, 8), (0.025, 5)])
+def test_a_learning_rate_beyond_the_end_of_the_grid_is_found(best: float, rates: int) -> None:
+    runs = Needed(best)
+
+    assert best_rate(runs, "iid", FEDSGD, [0.05, 0.1, 0.2], 400) == (best, 10.0)  # type: ignore[arg-type]
+    assert len(set(runs.tried)) == len(runs.tried) == rates
+
+
+def test_a_single_learning_rate_is_taken_as_it_is() -> None:
+    runs = Needed(0.8)
+
+    assert best_rate(runs, "iid", FEDSGD, [0.2], 400)[0] == 0.2  # type: ignore[arg-type]
+    assert runs.tried == [0.2]

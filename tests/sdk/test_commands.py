@@ -37,6 +37,7 @@ from isthmus.testing import (
     sample_task,
     sample_worker,
 )
+from isthmus.wire.data import ColumnKind, ColumnSchema, DatasetSchema
 from isthmus.wire.datasets import UsePolicy
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobState, ParticipationState
@@ -333,6 +334,18 @@ def test_keys_are_issued_rotated_and_revoked(isthmus: Terminal, service: FakeSer
     isthmus("key", "rotate", "k1", "--overlap", "1h")
     assert service.requests[-1].json() == {"overlap_s": 3600}
     assert "2026-01-31" in isthmus("key", "revoke", "k1").out
+
+
+def test_a_column_of_arrays_is_shown_with_their_shape(isthmus: Terminal, service: FakeService) -> None:
+    scans = ColumnSchema(name="scan", kind=ColumnKind.TENSOR, shape=(3, 32, 64))
+    label = ColumnSchema(name="label", kind=ColumnKind.NUMBER)
+    service.answer("GET", "/v1/datasets", [sample_dataset()])
+    service.answer("GET", "/v1/datasets/*", sample_dataset(data_schema=DatasetSchema(columns=(scans, label))))
+
+    lines = isthmus("dataset", "show", "heart").out.splitlines()
+
+    assert ["tensor 3 x 32 x 64" in line for line in lines if "scan" in line] == [True]
+    assert ["tensor" in line for line in lines if "label" in line] == [False]
 
 
 def test_a_policy_changes_by_clauses_or_as_a_whole(isthmus: Terminal, service: FakeService, tmp_path: Path) -> None:

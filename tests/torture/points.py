@@ -50,7 +50,7 @@ POINTS: Final[dict[str, Point]] = {
             ("round-due", "before", "app.rounds.closing:_freeze", "the last update is in, the set is not fixed"),
             ("freeze-uncommitted", "after", "app.rounds.closing:_freeze", "the set is fixed, not committed"),
             ("reoffer-uncommitted", "after", "app.rounds.closing:_offer_again", "offered anew", "in-an-epoch"),
-            ("change-heard", "before", "app.wakeups:Wakeups._wake", "a notification came, nobody was woken"),
+            ("change-heard", "before", "app.wakeups:Wakeups._wake_workers", "a notification came, nobody was woken"),
         ),
         *_points(
             COORDINATOR,

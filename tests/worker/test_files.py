@@ -33,6 +33,21 @@ def test_a_file_that_was_changed_is_read_again_even_with_its_old_time(tmp_path: 
     assert not verified.holds(path, DIGEST)
 
 
+def test_a_file_that_is_changed_while_it_is_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, verified = tmp_path / "model", VerifiedFiles()
+    path.write_bytes(CONTENT)
+    read = files.digest_of_file
+
+    def read_and_overtaken(path: Path) -> tuple[str, int]:
+        found = read(path)
+        path.write_bytes(b"another model")
+        return found
+
+    monkeypatch.setattr(files, "digest_of_file", read_and_overtaken)
+    assert verified.holds(path, DIGEST)  # it was, when it was read
+    assert not verified.holds(path, DIGEST)
+
+
 def test_another_digest_and_a_missing_file_do_not_hold(tmp_path: Path) -> None:
     path, verified = tmp_path / "model", VerifiedFiles()
     path.write_bytes(CONTENT)

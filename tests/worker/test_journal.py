@@ -182,6 +182,19 @@ def test_every_transition_but_the_first_is_on_the_disk_when_it_returns(journal: 
     assert synced() == 2
 
 
+def test_a_spend_is_on_the_disk_also_after_a_prepare_that_somebody_kept_from_writing(
+    journal: Journal, state: StateDir
+) -> None:
+    journal._connection.execute("PRAGMA busy_timeout = 0")
+    other = sqlite3.connect(state.journal, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(sqlite3.OperationalError):
+        _prepare(journal, state)
+    other.close()
+
+    assert journal._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
 def test_a_participation_that_is_pinned_is_not_written_again(journal: Journal) -> None:
     offer = make_offer(number=0)
     assert offer.statistics is None

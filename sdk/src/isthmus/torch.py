@@ -43,6 +43,8 @@ Arrays = dict[str, NDArray[Any]]
 
 LARGE_BYTES: Final = 2_000_000
 """From here on it is faster to build a model without drawing its weights."""
+ALIGNMENT_BYTES: Final = 64
+"""Where torch begins a tensor on the CPU."""
 
 _DTYPES: Final[Mapping[torch.dtype, DType]] = {
     torch.float64: DType.F64, torch.float32: DType.F32, torch.float16: DType.F16,
@@ -197,8 +199,8 @@ def build_holding(spec: ModelSpec, arrays: Mapping[str, NDArray[Any]]) -> nn.Mod
         module = _row(spec.declared_layers())
     if unknown := {name for name, _ in module.named_buffers()} - module.state_dict().keys():
         raise AssertionError(f"no array fills the buffers {sorted(unknown)}")  # they would hold what memory held before
-    module.to_empty(device="cpu")
-    load_arrays(module, arrays)
+    _check_fit(_tensors(module), arrays, strict=True)
+    module.load_state_dict({name: torch.from_numpy(_aligned_copy(arrays[name])) for name in arrays}, assign=True)
     return module
 
 
@@ -319,7 +321,12 @@ def to_arrays(source: nn.Module | Mapping[str, Tensor]) -> Arrays:
     Raises:
         UnsupportedTensor: something does not travel (bfloat16, complex numbers, extra state that is no tensor).
     """
-    return {name: tensor.cpu().numpy().copy(order="C") for name, tensor in _tensors(source).items()}
+    return {name: array.copy(order="C") for name, array in views_of_arrays(source).items()}
+
+
+def views_of_arrays(source: nn.Module | Mapping[str, Tensor]) -> Arrays:
+    """As `to_arrays`, without copies: arrays of tensors on the CPU share their memory, in whatever order it lies."""
+    return {name: tensor.cpu().numpy() for name, tensor in _tensors(source).items()}
 
 
 def manifest_of_module(module: nn.Module) -> Manifest:
@@ -356,6 +363,14 @@ def load_arrays(module: nn.Module, arrays: Mapping[str, NDArray[Any]], strict: b
         UnsupportedTensor: the module holds something that does not travel.
     """
     tensors = _tensors(module)
+    _check_fit(tensors, arrays, strict=strict)
+    with torch.no_grad():
+        for name, array in arrays.items():
+            plain = array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
+            tensors[name].copy_(torch.from_numpy(plain))  # torch warns of arrays that are read-only
+
+
+def _check_fit(tensors: Mapping[str, Tensor], arrays: Mapping[str, NDArray[Any]], *, strict: bool) -> None:
     if unknown := sorted(arrays.keys() - tensors.keys()):
         raise ArraysMisfit(f"the module has no tensor {_some(unknown)}")
     if strict and (missing := sorted(tensors.keys() - arrays.keys())):
@@ -366,10 +381,18 @@ def load_arrays(module: nn.Module, arrays: Mapping[str, NDArray[Any]], strict: b
             raise ArraysMisfit(
                 f"{name!r} is {wants[0]} of shape {list(wants[1])}, not {array.dtype} of {list(array.shape)}"
             )
-    with torch.no_grad():
-        for name, array in arrays.items():
-            plain = array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
-            tensors[name].copy_(torch.from_numpy(plain))  # torch warns of arrays that are read-only
+
+
+def _aligned_copy(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy in C order where torch would have placed it: kernels may add in another order elsewhere.
+
+    NumPy asks the system for large pages, which torch does not: the first touch takes a third of the time.
+    """
+    room = np.empty(array.nbytes + ALIGNMENT_BYTES, np.uint8)
+    skipped = -room.ctypes.data % ALIGNMENT_BYTES
+    copied = room[skipped : skipped + array.nbytes].view(array.dtype).reshape(array.shape)
+    copied[...] = array
+    return copied
 
 
 def _tensors(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -58,11 +58,12 @@ class VerifiedFiles:
         changes one of these.
         """
         try:
-            if self._seen.get(path) == (digest, _identity(path)):
+            identity = _identity(path)
+            if self._seen.get(path) == (digest, identity):
                 return True
             if digest_of_file(path)[0] != digest:
                 return False
-            self.note(path, digest)
+            self._seen[path] = digest, identity  # as it was before it was read: a write meanwhile makes it another
         except FileNotFoundError:
             self._seen.pop(path, None)
             return False

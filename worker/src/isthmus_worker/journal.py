@@ -465,7 +465,11 @@ class _Transaction:
     def __enter__(self) -> sqlite3.Connection:
         if not self._synced:
             self._connection.execute("PRAGMA synchronous = NORMAL")
-        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+        except BaseException:
+            self._connection.execute("PRAGMA synchronous = FULL")  # what comes next may be a spend
+            raise
         return self._connection
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -1,6 +1,7 @@
 """The agent: claims tasks, checks them, has them done, and hands in what may leave. One task at a time."""
 
 import logging
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,14 +28,20 @@ log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-WAIT_S: Final = 30
-"""Length of a long poll for work."""
+SHORTEST_WAIT_S: Final = 40
+WAIT_S: Final = 50
+"""Length of a long poll for work, at most: what stands between often cuts a connection that is silent for a minute."""
 MODELS_KEPT: Final = 3
 LONGEST_REASON: Final = 1000
 
 KEY_REFUSED: Final = frozenset(
     {ProblemCode.UNAUTHENTICATED, ProblemCode.KEY_EXPIRED, ProblemCode.KEY_REVOKED, ProblemCode.FORBIDDEN}
 )
+
+
+def a_poll_s() -> int:
+    """Seconds of one long poll. Not always the same: agents that came back together must not stay together."""
+    return random.randint(SHORTEST_WAIT_S, WAIT_S)  # noqa: S311 -- jitter
 
 
 class Outcome(StrEnum):
@@ -92,7 +99,7 @@ class Agent:
         self.announce()
         log.info("ready", extra={"datasets": ",".join(self._served), "service": self.settings.service_url})
         while True:
-            self._patiently(self.step)
+            self._patiently(lambda: self.step(a_poll_s()))
 
     def announce(self) -> None:
         """Tell the service which columns and how many records each dataset has. A child reads them; we never do."""

@@ -73,7 +73,7 @@ class Described(_Message):
 
 
 class Done(_Message):
-    """The upload is on the disk."""
+    """The upload is in its file."""
 
     answer: Literal["done"] = "done"
     digest: str

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.privacy.clipping import clip_by_global_norm, global_norm
+from isthmus.privacy.clipping import NonFiniteUpdate, clip_by_global_norm
 from isthmus.privacy.noise import gaussian_noise
 from isthmus.wire.jobs import PrivacySpec
 
@@ -17,7 +18,15 @@ def protect(update: Mapping[str, NDArray[Any]], privacy: PrivacySpec) -> dict[st
         NonFiniteUpdate: some element is NaN or infinite, also where the job does not clip.
     """
     if privacy.clip_norm is None:
-        global_norm(update)  # raises where an element is not finite
+        _require_finite(update)
         return dict(update)
     clipped = clip_by_global_norm(update, privacy.clip_norm)
     return gaussian_noise(clipped, privacy.noise_multiplier, privacy.clip_norm)
+
+
+def _require_finite(update: Mapping[str, NDArray[Any]]) -> None:
+    for name, array in update.items():
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = array.sum()  # finite only if all elements are; one pass, and no room for a mask
+        if not np.isfinite(total) and not np.isfinite(array).all():
+            raise NonFiniteUpdate(name)

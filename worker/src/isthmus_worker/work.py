@@ -14,7 +14,7 @@ from isthmus.codec.errors import CodecError
 from isthmus.codec.header import Header, check_manifest
 from isthmus.federation.cohort import round_seed
 from isthmus.privacy.clipping import NonFiniteUpdate
-from isthmus.torch import ArraysMisfit, UnsupportedTensor, to_arrays
+from isthmus.torch import ArraysMisfit, UnsupportedTensor, views_of_arrays
 from isthmus.wire.base import digest_of
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.manifest import DType, Manifest
@@ -54,7 +54,7 @@ class Desk:
         return self._split
 
     def perform(self, order: Work, tell: Tell) -> Done:
-        """Do a task and write its upload, durably, to `order.upload_path`.
+        """Do a task and write its upload to `order.upload_path`. The agent makes it durable.
 
         Raises:
             DataRefused: the data cannot serve it.
@@ -145,7 +145,7 @@ def local_update(
     metrics["train/examples"] = float(len(split.training))
     if not np.isfinite(metrics["train/loss"]):
         raise WorkBroken("Training diverged: the loss is NaN or infinite. A smaller learning rate helps.")
-    update = difference(to_arrays(model), before, manifest)
+    update = difference(views_of_arrays(model), before, manifest)
     with _divergence_told():
         return protect(update, spec.privacy), metrics
 
@@ -186,9 +186,8 @@ def _measure(order: Work) -> Arrays:
 def difference(after: Mapping[str, NDArray[Any]], before: Mapping[str, NDArray[Any]], model: Manifest) -> Arrays:
     """Trained minus round model, tensor by tensor, for the tensors that rounds average; the others stay home."""
     return {
-        name: (after[name].astype(wide) - before[name].astype(wide))
+        name: np.subtract(after[name], before[name], dtype=np.float64 if spec.dtype is DType.F64 else np.float32)
         for name, spec in model.averaged().items()  # as `update_manifest`, which would be validated for every task
-        for wide in (np.float64 if spec.dtype is DType.F64 else np.float32,)
     }
 
 
@@ -234,6 +233,6 @@ def _composed(tensors: Arrays, order: Work, metrics: dict[str, float]) -> Done:
         check_manifest(Header(types_of(tensors)), order.offer.upload_manifest)
     except CodecError as error:
         raise WorkBroken(f"The result is not what the task's manifest names: {error}") from None
-    digest = write(order.upload_path, tensors)
+    digest = write(order.upload_path, tensors, durable=False)  # `Journal.prepare` syncs it
     order.upload_path.chmod(0o600)
     return Done(digest=digest, size_bytes=order.upload_path.stat().st_size, metrics=metrics)

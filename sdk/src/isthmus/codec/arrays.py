@@ -71,8 +71,11 @@ def encode(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes
     return b"".join(parts)
 
 
-def write(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> str:
-    """Write `tensors` to `path`, durably; the bytes are those of `encode`.
+def write(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None, *, durable: bool = True) -> str:
+    """Write `tensors` to `path`; the bytes are those of `encode`.
+
+    Args:
+        durable: False: the caller syncs the file, or does not need it to survive a power cut.
 
     Returns:
         The SHA-256 of the file, in hexadecimal.
@@ -81,7 +84,7 @@ def write(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = Non
         TypeError, ValueError: as `encode`.
     """
     types = types_of(tensors)
-    with TensorFileWriter(path, types, metadata) as writer:
+    with TensorFileWriter(path, types, metadata, durable=durable) as writer:
         for name in types:
             writer.write_block(name, 0, _little_endian(tensors[name]).reshape(-1))
     return writer.digest

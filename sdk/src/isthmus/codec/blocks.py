@@ -6,6 +6,7 @@ No memory maps: their pages count as resident memory, and a file that is cut whi
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,8 @@ from isthmus.codec.header import MAX_HEADER_BYTES, Header, TensorPlace, TensorTy
 from isthmus.writeback import Writeback
 
 _COPY_BYTES: Final = 1 << 20
+_SHARED_BYTES: Final = 1 << 20
+"""Blocks from this size on are digested in a second thread."""
 
 
 class TensorFile:
@@ -85,20 +88,27 @@ class TensorFileWriter:
 
     The header is written at once. Blocks of one tensor come in order; blocks of different tensors may alternate. The
     SHA-256 grows along with blocks that follow each other in the file, and is completed from the file if some do not.
-    Leaving the statement without an error makes the file durable (`fsync`); with one, it removes the file. Whether the
-    *name* is durable is the caller's affair, who renames the file and syncs the directory.
+    Leaving the statement without an error makes the file durable (`fsync`), if asked; with one, it removes the file.
+    Whether the *name* is durable is the caller's affair, who renames the file and syncs the directory.
 
     Args:
         path: an existing file is overwritten.
         tensors: what will be written: name -> element type and shape.
         metadata: free text that travels along.
+        durable: whether to sync the file at its end.
     """
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, TensorType], metadata: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorType],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        durable: bool = True,
     ) -> None:
         head = encode_header(tensors, metadata)
         self._path = path
+        self._durable = durable
         self._places = layout(tensors)
         self._written = dict.fromkeys(self._places, 0)
         self._head_bytes = len(head)
@@ -133,12 +143,22 @@ class TensorFileWriter:
             raise ValueError(f"a block of tensor {shown(name)} is written at {start}, out of turn")
         view = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
         position = self._head_bytes + place.begin + self._written[name]
-        self._pwrite(view, position)
-        self._written[name] += len(view)
-        if position == self._hashed:
+        if position != self._hashed:
+            self._pwrite(view, position)
+        elif len(view) < _SHARED_BYTES:
+            self._pwrite(view, position)
             self._hash.update(view)
+        else:
+            digesting = threading.Thread(target=self._hash.update, args=(view,), name="digest")
+            digesting.start()
+            try:
+                self._pwrite(view, position)
+            finally:
+                digesting.join()
+        if position == self._hashed:
             self._hashed += len(view)
             self._writeback.wrote(len(view))
+        self._written[name] += len(view)
 
     def close(self) -> None:
         """Finish the file: complete the digest and make the bytes durable.
@@ -152,7 +172,8 @@ class TensorFileWriter:
         self._file.seek(self._hashed)
         while piece := self._file.read(_COPY_BYTES):
             self._hash.update(piece)
-        os.fsync(self._file.fileno())
+        if self._durable:
+            os.fsync(self._file.fileno())
         self._file.close()
         self._digest = self._hash.hexdigest()
 

@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from isthmus.commands.rendering.text import fields, printable, table
+from isthmus.wire.data import ColumnSchema
 from isthmus.wire.datasets import DatasetView
 from isthmus.wire.ledger import LedgerEntryView
 
@@ -33,7 +34,7 @@ def datasets_table(views: list[DatasetView]) -> Table:
 def dataset_text(view: DatasetView) -> Group:
     """One dataset with its columns and its policy."""
     columns = view.data_schema.columns
-    listed = table(["COLUMN", "KIND", "MISSING"], [(c.name, c.kind, c.missing) for c in columns[:MANY_COLUMNS]])
+    listed = table(["COLUMN", "KIND", "MISSING"], [(c.name, _kind(c), c.missing) for c in columns[:MANY_COLUMNS]])
     more = [Text(f"  and {len(columns) - MANY_COLUMNS} more columns")] if len(columns) > MANY_COLUMNS else []
     head = fields(
         [
@@ -46,6 +47,11 @@ def dataset_text(view: DatasetView) -> Group:
         ]
     )
     return Group(head, listed, *more, policy_text(view))
+
+
+def _kind(column: ColumnSchema) -> str:
+    """`number`, `category`, or `tensor 1 x 28 x 28` with the shape of one record's array."""
+    return column.kind.value if column.shape is None else f"{column.kind.value} {' x '.join(map(str, column.shape))}"
 
 
 def policy_text(view: DatasetView) -> Group:
