@@ -63,7 +63,7 @@ class Caller:
         return self.role is Role.ADMIN and Scope.PLATFORM in self.scopes
 
 
-def _parts(request: Request) -> Parts:
+async def _parts(request: Request) -> Parts:  # async, as all here: FastAPI runs any other in a thread, every time
     return cast(Parts, request.app.state.parts)
 
 
@@ -208,8 +208,8 @@ async def _caller(session: Transaction, credentials: Credentials) -> Caller:
 AnyCaller = Annotated[Caller, Depends(_caller, scope="function")]
 
 
-def _holder_of(*scopes: Scope) -> Callable[[Caller], Caller]:
-    def holder(caller: AnyCaller) -> Caller:
+def _holder_of(*scopes: Scope) -> Callable[[Caller], Awaitable[Caller]]:
+    async def holder(caller: AnyCaller) -> Caller:
         return check_scope(caller, *scopes)
 
     return holder
@@ -233,8 +233,8 @@ async def _brief_caller(parts: PartsOf, credentials: Credentials) -> Caller:
 BriefCaller = Annotated[Caller, Depends(_brief_caller)]
 
 
-def _brief_holder_of(*scopes: Scope) -> Callable[[Caller], Caller]:
-    def holder(caller: BriefCaller) -> Caller:
+def _brief_holder_of(*scopes: Scope) -> Callable[[Caller], Awaitable[Caller]]:
+    async def holder(caller: BriefCaller) -> Caller:
         return check_scope(caller, *scopes)
 
     return holder

@@ -52,7 +52,7 @@ async def open_parts(settings: Settings, meters: Meters | None = None) -> AsyncI
                 locks=locks,
                 blobs=DirectoryBlobStore(settings.data_dir / "blobs"),
                 signer=signer,
-                wakeups=Wakeups(direct, single_statements),
+                wakeups=Wakeups(direct),
                 queue=queue,
                 meters=meters or Meters(),
             )

@@ -15,12 +15,11 @@ from uuid import UUID
 
 import psycopg
 import structlog
+from psycopg.rows import TupleRow
 from sqlalchemy import bindparam, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.database import Sessions, libpq_url
-from app.models import Task
-from isthmus.wire.rounds import TaskState
+from app.database import libpq_url
 
 log = structlog.get_logger(__name__)
 
@@ -45,9 +44,8 @@ async def announce_change(session: AsyncSession, job_id: UUID, *, offers: bool =
 class Wakeups:
     """Listens on a direct connection and wakes the workers and event streams that wait in this process."""
 
-    def __init__(self, url: str, sessions: Sessions) -> None:
+    def __init__(self, url: str) -> None:
         self._url = libpq_url(url)
-        self._sessions = sessions
         self._workers: dict[UUID, set[asyncio.Event]] = {}
         self._jobs: dict[UUID, set[asyncio.Event]] = {}
         self.connected = asyncio.Event()
@@ -104,26 +102,23 @@ class Wakeups:
                 _set(event for note in notes for event in self._jobs.get(UUID(note.payload), ()))
                 if offering := {UUID(note.payload) for note in notes if note.channel == OFFERS}:
                     self.heard += 1
-                    await self._wake_workers(offering)
+                    await self._wake_workers(connection, offering)
 
-    async def _wake_workers(self, jobs: set[UUID]) -> None:
-        """Wake the workers that tasks of these jobs are on offer for."""
+    async def _wake_workers(self, connection: psycopg.AsyncConnection[TupleRow], jobs: set[UUID]) -> None:
+        """Wake the workers that tasks of these jobs are on offer for.
+
+        They are asked for on the listener's own connection: the others are busy just then when many ask for work. If
+        it fails, a new connection is made and everybody is woken: rather all too early than one too late.
+        """
         if not self._workers:
             return
-        try:
-            async with self._sessions() as session:
-                concerned = set(await session.scalars(_CONCERNED, {"jobs": list(jobs)}))
-        except Exception as error:  # rather all of them too early than one of them too late
-            log.warning("who is concerned could not be asked; everybody is woken", error=str(error))
-            concerned = set(self._workers)
+        found = await connection.execute(_CONCERNED, [list(jobs)])
+        concerned = [worker for (worker,) in await found.fetchall()]
         _set(event for worker in concerned for event in self._workers.get(worker, ()))
 
 
-_CONCERNED: Final = (
-    select(Task.worker_id)
-    .where(Task.state == TaskState.OFFERED, Task.job_id.in_(bindparam("jobs", expanding=True)))
-    .distinct()
-)
+# The state is no parameter: so an index that holds nothing but offers answers it.
+_CONCERNED: Final = "SELECT DISTINCT worker_id FROM tasks WHERE state = 'offered' AND job_id = ANY(%s)"
 
 
 def _set(events: Iterable[asyncio.Event]) -> None:

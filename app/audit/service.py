@@ -62,9 +62,9 @@ def append(
 def _write(session: Session) -> None:
     """Number, hash and insert what was noted, under the locks of the streams, taken in the order of their names."""
     noted: list[_Noted] = session.info.pop(_NOTED, [])
+    known: dict[str, tuple[int, str]] = session.info.pop(_HEADS, {})
     if not noted:
         return
-    known: dict[str, tuple[int, str]] = session.info.pop(_HEADS, {})
     streams = sorted({item.stream for item in noted})
     heads = {name: known[name] for name in streams if name in known}
     heads |= _locked_heads(session, [name for name in streams if name not in heads])

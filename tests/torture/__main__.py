@@ -58,6 +58,10 @@ def _plans(given: argparse.Namespace) -> list[Plan]:
     return drawn if given.random_only else named + drawn
 
 
+MOST_ACCIDENTS: Final = 3
+"""After so many the rest of a layout's plans is not run: it cannot be, and the count says so."""
+
+
 class _Torture:
     """Plans on two grounds at once, one a layout."""
 
@@ -108,10 +112,12 @@ class _Torture:
         waiting: queue.SimpleQueue[Plan] = queue.SimpleQueue()
         for plan in plans:
             waiting.put(plan)
-        while not waiting.empty() and not self._stopping:
+        accidents = 0
+        while not waiting.empty() and not self._stopping and accidents < MOST_ACCIDENTS:
             try:
                 self._on_one_ground(layout, waiting)
             except Exception:
+                accidents += 1
                 self._say_wrong(f"layout {layout}: {traceback.format_exc(limit=-4)}")
 
     def _on_one_ground(self, layout: str, waiting: "queue.SimpleQueue[Plan]") -> None:

@@ -125,12 +125,6 @@ class Ground(Island):
             return site
         return "coordinator" if program == COORDINATOR and self.layout == SPREAD else "service"
 
-    def of_role(self, role: str) -> list[Program]:
-        """The programs that share a folder of orders."""
-        if role == "service":
-            return list(self.servers)
-        return self.coordinators if role == "coordinator" else [self.programs[role]]
-
     def orders_of(self, role: str) -> Path:
         """The folder with the orders for a role."""
         folder = self._orders / role

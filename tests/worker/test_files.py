@@ -55,3 +55,13 @@ def test_another_digest_and_a_missing_file_do_not_hold(tmp_path: Path) -> None:
     assert not verified.holds(path, "0" * 64)
     path.unlink()
     assert not verified.holds(path, DIGEST)
+
+
+def test_what_is_deleted_takes_no_memory(tmp_path: Path) -> None:
+    path, verified = tmp_path / "model", VerifiedFiles()
+    path.write_bytes(CONTENT)
+    verified.note(path, DIGEST)
+    verified.delete(path)
+    verified.delete(path)  # it may be gone
+    assert not path.exists()
+    assert not verified._seen

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -274,6 +275,26 @@ def test_a_model_with_another_digest_is_not_trained_on(agent: Agent, service: Fa
     assert agent.step() is Outcome.FAILED
 
     assert "cannot be fetched" in service.failed[0]
+
+
+def test_a_service_that_is_too_busy_for_the_model_is_waited_for(
+    agent: Agent, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, busy = list[float](), [problem(ProblemCode.NOT_READY, "not now"), problem(ProblemCode.TOO_MANY_REQUESTS, "")]
+    agent.sleep = waits.append
+    download = agent.client.tasks.download_model
+
+    def refused_at_first(*given: Any, **more: Any) -> object:
+        if busy:
+            raise Refused(busy.pop(), retry_after_s=8.0)  # longer than the client waits by itself
+        return download(*given, **more)
+
+    monkeypatch.setattr(agent.client.tasks, "download_model", refused_at_first)
+    service.offer(make_offer())
+
+    assert agent.step() is Outcome.SUBMITTED
+
+    assert waits[:2] == [8.0, 8.0]
 
 
 def test_a_revoked_key_ends_the_agent(agent: Agent, service: FakeService) -> None:

@@ -261,6 +261,11 @@ def test_equal_records_have_equal_fingerprints_however_zero_is_written() -> None
     assert found[0] == found[1] != found[2]
 
 
+def test_words_that_no_text_can_hold_have_fingerprints_too() -> None:
+    found = fingerprints_of({"word": np.array(["a\ud800", "a\ud801", "a\ud800"])})
+    assert found[0] == found[2] != found[1]
+
+
 def test_words_that_run_together_are_told_apart() -> None:
     found = fingerprints_of({"a": np.array(["ab", "a"]), "b": np.array(["c", "bc"])})
 

@@ -406,7 +406,7 @@ def _tensors(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
             what = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout).removeprefix("torch.")
             raise UnsupportedTensor(name, what, "convert it to float32 first, for example with module.float()")
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and place in seen:
+        if tensor.numel() and not tensor.is_meta and place in seen:  # without memory, nothing shares any
             continue
         seen.add(place)
         found[name] = tensor.detach()

@@ -51,6 +51,11 @@ class VerifiedFiles:
         """The file was written, or read, under our eyes, and has this digest."""
         self._seen[path] = digest, _identity(path)
 
+    def delete(self, path: Path) -> None:
+        """Delete the file, and forget it: an agent that runs for years meets many."""
+        path.unlink(missing_ok=True)
+        self._seen.pop(path, None)
+
     def holds(self, path: Path, digest: str) -> bool:
         """Whether there is such a file with this digest. It is read only if it is not the one that was noted.
 

@@ -38,6 +38,9 @@ KEY_REFUSED: Final = frozenset(
     {ProblemCode.UNAUTHENTICATED, ProblemCode.KEY_EXPIRED, ProblemCode.KEY_REVOKED, ProblemCode.FORBIDDEN}
 )
 
+BUSY: Final = frozenset({ProblemCode.NOT_READY, ProblemCode.TOO_MANY_REQUESTS})
+"""Refusals that only ask for patience."""
+
 
 def a_poll_s() -> int:
     """Seconds of one long poll. Not always the same: agents that came back together must not stay together."""
@@ -225,12 +228,15 @@ class Agent:
             attempt += 1
             try:
                 self.client.tasks.download_model(offer.model, path, progress=lambda _done, _all: heart.alive(0.0))
-            except (Unreachable, TimedOut) as error:
+            except (Unreachable, TimedOut, Refused) as error:
+                if isinstance(error, Refused) and error.code not in BUSY:
+                    raise WorkFailed("The round's model cannot be fetched.", where=str(error)) from error
                 if heart.lost is not None:
                     raise WorkCancelled from error
                 log.warning("model not fetched yet", extra={**_words(offer), "reason": str(error)})
-                self.sleep(backoff_s(attempt))
-            except (Refused, BadResponse) as error:
+                asked_s = (error.retry_after_s or 0.0) if isinstance(error, Refused) else 0.0
+                self.sleep(min(LONGEST_PAUSE_S, max(backoff_s(attempt), asked_s)))
+            except BadResponse as error:
                 raise WorkFailed("The round's model cannot be fetched.", where=str(error)) from error
             except OSError as error:
                 raise WorkFailed(
@@ -240,7 +246,7 @@ class Agent:
                 break
         self._verified.note(path, offer.model.digest)
         for old in sorted(self.state.models.iterdir(), key=lambda one: one.stat().st_mtime, reverse=True)[MODELS_KEPT:]:
-            old.unlink(missing_ok=True)
+            self._verified.delete(old)
         return path
 
     def _hand_in(

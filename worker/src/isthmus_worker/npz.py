@@ -6,6 +6,7 @@ in it may be a pickle, which would run code. Only then is a byte unpacked.
 
 import hashlib
 import io
+import lzma
 import math
 import zipfile
 import zlib
@@ -24,6 +25,15 @@ from isthmus_worker.refusals import DataRefused
 from isthmus_worker.settings import NpzSettings
 
 _MB: Final = 1 << 20
+_UNREADABLE: Final = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,  # a compression that is not built in
+    RuntimeError,  # it is encrypted
+    ValueError,
+)
 _SUFFIX: Final = ".npy"
 _NUMBERS: Final = "biuf"
 _WORDS: Final = "U"
@@ -108,8 +118,7 @@ class NpzSource:
         try:
             with readable(path), zipfile.ZipFile(path) as archive:
                 yield archive
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-            # RuntimeError: it is encrypted. NotImplementedError: a compression that is not built in.
+        except _UNREADABLE as error:
             raise DataRefused("The dataset's file is not a readable .npz archive.", where=str(path)) from error
 
     def _members(self, archive: zipfile.ZipFile) -> Mapping[str, _Member]:
@@ -188,7 +197,7 @@ def fingerprints_of(arrays: Mapping[str, NDArray[Any]]) -> list[bytes]:
 def _entries(block: NDArray[Any]) -> list[bytes]:
     """One byte string a record."""
     if block.dtype.kind == _WORDS:
-        return [word.encode() for word in block.tolist()]
+        return [word.encode("utf-8", "surrogatepass") for word in block.tolist()]  # NumPy stores any code point
     if block.ndim == 1:
         block = block.astype(np.float64)
     if block.dtype.kind == "f":

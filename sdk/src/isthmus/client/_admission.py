@@ -14,10 +14,12 @@ where the service closes the connection on us.
 """
 
 import base64
+import errno
 import os
 import selectors
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Callable, Mapping
 from io import FileIO
@@ -67,7 +69,7 @@ def put_when_admitted(
     """
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        with _Connection(address, timeout_s, tls) as connection:
+        with Connection(address, timeout_s, tls) as connection:
             connection.send_head("PUT", [*headers.items(), ("Content-Length", str(size)), ("Expect", "100-continue")])
             answer = connection.hear(expect_s)
             if answer is not None:
@@ -78,7 +80,7 @@ def put_when_admitted(
             return connection.answer()
 
 
-class _Connection:
+class Connection:
     """One request over one socket, which does not block: every wait has a bound and looks both ways."""
 
     def __init__(self, address: str, timeout_s: float, tls: ssl.SSLContext) -> None:
@@ -99,7 +101,7 @@ class _Connection:
         self._socket.setblocking(False)
         self._selector.register(self._socket, selectors.EVENT_READ)
 
-    def __enter__(self) -> "_Connection":
+    def __enter__(self) -> "Connection":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,6 +156,12 @@ class _Connection:
                 said = event.status_code if isinstance(event, h11.Response) else "nothing"
                 raise Unreachable(self._address, f"the proxy {proxy.hostname} answered {said} to CONNECT")
 
+    def ask(self, method: str, headers: list[tuple[str, str]]) -> socket.socket:
+        """Send a request without a body; the socket, which blocks from now on, for whoever reads the answer."""
+        self.send_head(method, headers)
+        self._socket.settimeout(self._timeout_s)
+        return self._socket
+
     # --- Speaking ----------------------------------------------------------------------------------------------------
 
     def send_head(self, method: str, headers: list[tuple[str, str]]) -> None:
@@ -170,7 +178,10 @@ class _Connection:
         """Send until the end of the file, or until there is an answer; whether all was sent."""
         done = 0
         if sys.platform == "linux" and not isinstance(self._socket, ssl.SSLSocket):
-            return self._send_file(file, size, progress)
+            try:
+                return self._send_file(file, size, progress)
+            except _NotByTheKernel:
+                pass  # and nothing was sent
         buffer = memoryview(bytearray(min(PIECE_BYTES, size)))  # one for all pieces: new memory is slow memory
         while count := file.readinto(buffer[: size - done]):
             for data in self._h11.send_with_data_passthrough(h11.Data(data=buffer[:count])) or ():  # type: ignore[arg-type]  # anything with a length passes through
@@ -184,8 +195,11 @@ class _Connection:
         return True
 
     def _send_file(self, file: FileIO, size: int, progress: Progress | None) -> bool:
-        """As `send_body`, by the kernel alone: the bytes are not copied into this process and out of it again."""
-        self._h11.send_with_data_passthrough(h11.Data(data=_Announced(size)))  # type: ignore[arg-type]  # counts them only
+        """As `send_body`, by the kernel alone: the bytes are not copied into this process and out of it again.
+
+        Raises:
+            _NotByTheKernel: the file lies where it cannot do that.
+        """
         done = 0
         self._selector.modify(self._socket, selectors.EVENT_READ | selectors.EVENT_WRITE)
         while done < size:
@@ -199,11 +213,14 @@ class _Connection:
             except BlockingIOError:
                 continue
             except OSError as error:
-                if error.errno in _OF_THE_FILE:
+                if error.errno in (errno.EINVAL, errno.ENOSYS) and not done:
+                    raise _NotByTheKernel from None
+                if error.errno == errno.EIO:  # the disk's
                     raise
                 return False  # cut: what the service said before may still be there to read
             if not count:
                 raise _became_shorter(done, size)
+            self._h11.send_with_data_passthrough(h11.Data(data=_Announced(count)))  # type: ignore[arg-type]  # counted only
             done += count
             if progress is not None:
                 progress(done, size)
@@ -314,6 +331,10 @@ class _Connection:
                 self._complete = True
             else:
                 return
+
+
+class _NotByTheKernel(Exception):
+    """The file's system has no `sendfile`."""
 
 
 class _Announced:

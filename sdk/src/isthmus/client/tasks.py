@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -9,6 +10,7 @@ from uuid import UUID
 from isthmus.client._admission import EXPECT_S, put_when_admitted
 from isthmus.client._answers import Answer, decode, failure_of, retry_after_s
 from isthmus.client._service import Service, read_answer
+from isthmus.client._streaming import LARGE_BYTES, streamed
 from isthmus.client._transfer import Progress, download, pieces
 from isthmus.client.errors import BadResponse
 from isthmus.wire.base import format_repr_digest
@@ -73,7 +75,9 @@ class Tasks:
         return self._service.ask("POST", f"tasks/{task_id}/fail", TaskView, body)
 
     def download_model(self, model: ModelReference, path: Path, *, progress: Progress | None = None) -> str:
-        """Write the round's model to `path`, durably, once its bytes have the digest that the offer names.
+        """Write the round's model to `path` once its bytes have the digest that the offer names.
+
+        It is not synced: whoever finds the file after a power cut looks at its digest again.
 
         Raises:
             BadResponse: also where the address leads away from the service: a worker asks nobody else, and its key
@@ -82,7 +86,17 @@ class Tasks:
         url = model.url.removeprefix(self._service.base_url)
         if not url.startswith("/") or url.startswith("//"):
             raise BadResponse(f"the model is said to be at {model.url}, which is not the service's")
-        return download(self._service, url, path, digest=model.digest, max_bytes=model.size_bytes, progress=progress)
+        own = model.size_bytes >= LARGE_BYTES and not self._service.own_transport
+        return download(
+            self._service,
+            url,
+            path,
+            digest=model.digest,
+            max_bytes=model.size_bytes,
+            progress=progress,
+            durable=False,
+            opened=partial(streamed, timeout_s=self._service.timeout_s, tls=self._service.tls) if own else None,
+        )
 
     def submit_update(
         self,

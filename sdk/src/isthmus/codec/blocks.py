@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from isthmus.codec.dtypes import NUMPY_DTYPE
 from isthmus.codec.errors import LengthMismatch, shown
 from isthmus.codec.header import MAX_HEADER_BYTES, Header, TensorPlace, TensorType, encode_header, layout, read_header
-from isthmus.writeback import Writeback
+from isthmus.writeback import STRETCH_BYTES, Writeback
 
 _COPY_BYTES: Final = 1 << 20
 _SHARED_BYTES: Final = 1 << 20
@@ -146,18 +146,17 @@ class TensorFileWriter:
         if position != self._hashed:
             self._pwrite(view, position)
         elif len(view) < _SHARED_BYTES:
-            self._pwrite(view, position)
+            self._append(view, position)
             self._hash.update(view)
+            self._hashed += len(view)
         else:
             digesting = threading.Thread(target=self._hash.update, args=(view,), name="digest")
             digesting.start()
             try:
-                self._pwrite(view, position)
+                self._append(view, position)
             finally:
                 digesting.join()
-        if position == self._hashed:
             self._hashed += len(view)
-            self._writeback.wrote(len(view))
         self._written[name] += len(view)
 
     def close(self) -> None:
@@ -194,6 +193,12 @@ class TensorFileWriter:
         except BaseException:
             self.discard()
             raise
+
+    def _append(self, view: memoryview, position: int) -> None:
+        for start in range(0, len(view), STRETCH_BYTES):
+            stretch = view[start : start + STRETCH_BYTES]
+            self._pwrite(stretch, position + start)
+            self._writeback.wrote(len(stretch))
 
     def _pwrite(self, view: memoryview, position: int) -> None:
         while view:
