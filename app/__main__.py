@@ -32,6 +32,7 @@ from app.database import migrate as migrate_database
 from app.database import open_engine, open_sessions
 from app.dependencies import Parts
 from app.errors import PlatformError
+from app.garbage import collect_seldom
 from app.main import create_app, open_parts
 from app.settings import Settings
 
@@ -118,11 +119,19 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
         super().__init__(config)
         self._app = app
+        self._collecting: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start up as ever; from then on nobody who waits here stands still for the garbage of others."""
+        await super().startup(sockets)
+        self._collecting = asyncio.create_task(collect_seldom())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Send those who wait to another process, then shut down as ever."""
         parts: Parts = self._app.state.parts
         parts.wakeups.close()
+        if self._collecting is not None:
+            self._collecting.cancel()
         await super().shutdown(sockets)
 
 

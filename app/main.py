@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 
-from app import coordinator, documentation, garbage, health, problems
+from app import coordinator, documentation, health, problems
 from app.admin.router import router as admin
 from app.audit.router import router as audit
 from app.blobs import DirectoryBlobStore
@@ -81,7 +81,6 @@ def create_app(settings: Settings) -> FastAPI:
             parts = await stack.enter_async_context(open_parts(settings, meters))
             app.state.parts = parts
             await stack.enter_async_context(running(asyncio.create_task(parts.wakeups.run())))
-            await stack.enter_async_context(running(asyncio.create_task(garbage.collect_seldom())))
             if settings.coordinate:
                 await stack.enter_async_context(coordinator.coordinating(parts))
             yield

@@ -16,7 +16,7 @@ class Task(Base):
     __tablename__ = "tasks"
     __table_args__ = (
         UniqueConstraint("round_id", "participation_id"),
-        Index("ix_tasks_offered", "worker_id", "offered_at", postgresql_where=text("state = 'offered'")),
+        Index("ix_tasks_to_claim", "worker_id", "offered_at", postgresql_where=text("state IN ('offered', 'claimed')")),
         Index("ix_tasks_leased", "lease_expires_at", postgresql_where=text("state IN ('claimed', 'uploading')")),
     )
 

@@ -5,7 +5,19 @@ from typing import Any, Final
 from uuid import UUID
 
 from procrastinate import App as Queue
-from sqlalchemy import Interval, Select, bindparam, exists, func, select, update
+from sqlalchemy import (
+    Boolean,
+    ColumnElement,
+    Interval,
+    Select,
+    bindparam,
+    case,
+    exists,
+    func,
+    literal_column,
+    select,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
@@ -23,6 +35,7 @@ from isthmus.wire.datasets import DatasetState
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobState, ParticipationState
 from isthmus.wire.rounds import (
+    ClaimTask,
     HeartbeatReceipt,
     ModelReference,
     RoundPhase,
@@ -31,7 +44,9 @@ from isthmus.wire.rounds import (
 )
 from isthmus.wire.version import API_PREFIX
 
-SOMETHING_ON_OFFER: Final = exists().where(Task.worker_id == Worker.id, Task.state == TaskState.OFFERED)
+TO_CLAIM: Final[ColumnElement[Any]] = literal_column("('offered', 'claimed')")
+"""Written out, not bound: a prepared statement then finds the index of the tasks that are in one of these states."""
+SOMETHING_ON_OFFER: Final = exists().where(Task.worker_id == Worker.id, Task.state.op("IN")(TO_CLAIM))
 """Whether it is worth while to claim, asked about a `Worker` of the enclosing statement; an index answers it."""
 
 
@@ -49,7 +64,9 @@ def _claim(*, among: bool) -> Select[Any]:
             offered.worker_id == bindparam("claimant"),  # no name of a column: it would be set
             Worker.revoked_at.is_(None),
             Dataset.state == DatasetState.CONFIRMED,
-            offered.state == TaskState.OFFERED,
+            offered.state.op("IN")(TO_CLAIM),
+            (offered.state == TaskState.OFFERED)
+            | (bindparam("says", type_=Boolean()) & offered.id.not_in(bindparam("holding", expanding=True))),
             Job.state == JobState.RUNNING,
             Round.phase == RoundPhase.COLLECTING,
             Participation.state == ParticipationState.APPROVED,
@@ -65,6 +82,7 @@ def _claim(*, among: bool) -> Select[Any]:
         .where(Task.id == candidate.scalar_subquery())
         .values(
             state=TaskState.CLAIMED,
+            fence=Task.fence + case((Task.state == TaskState.OFFERED, 0), else_=1),
             lease_expires_at=func.clock_timestamp() + bindparam("lease", type_=Interval()),
         )
         .returning(Task.id, Task.kind, Task.fence, Task.attempt, Task.job_id, Task.round_id, Task.participation_id)
@@ -89,16 +107,22 @@ _CLAIM: Final = _claim(among=False)
 _CLAIM_AMONG: Final = _claim(among=True)
 
 
-async def claim_task(
-    session: AsyncSession, settings: Settings, worker_id: UUID, datasets: tuple[str, ...] | None
-) -> TaskOffer | None:
+async def claim_task(session: AsyncSession, settings: Settings, worker_id: UUID, asked: ClaimTask) -> TaskOffer | None:
     """The worker's oldest offered task, now under a lease; None if nothing is on offer.
+
+    A task that the worker had claimed and says that it does not hold is offered to it again, under the next fence.
 
     Locks the task alone and skips one that another call holds: two claims never get the same task.
     """
-    statement = _CLAIM if datasets is None else _CLAIM_AMONG
     found = await session.execute(
-        statement, {"claimant": worker_id, "lease": settings.lease, "datasets": datasets or ()}
+        _CLAIM if asked.datasets is None else _CLAIM_AMONG,
+        {
+            "claimant": worker_id,
+            "lease": settings.lease,
+            "datasets": asked.datasets or (),
+            "says": asked.holding is not None,
+            "holding": asked.holding or (),
+        },
     )
     row = found.one_or_none()
     return None if row is None else _offer(settings, tuple(row))

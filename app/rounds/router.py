@@ -123,7 +123,7 @@ async def _look(parts: Parts, credentials: Credentials) -> tuple[UUID, bool]:
 
 async def _try_claim(parts: Parts, worker_id: UUID, body: ClaimTask) -> TaskOffer | None:
     async with parts.single_statements() as session:
-        return await offers.claim_task(session, parts.settings, worker_id, body.datasets)
+        return await offers.claim_task(session, parts.settings, worker_id, body)
 
 
 @router.get("/{task_id}", summary="One of the worker's own tasks", responses=refuses(ProblemCode.NOT_FOUND))

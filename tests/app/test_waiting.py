@@ -1,12 +1,14 @@
 """Workers that wait for work: no offer is missed, and what is said to those who went away empty-handed."""
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 import pytest
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from app import dependencies
+from app import dependencies, garbage
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import ClaimTask
 from tests.federation import Federation
@@ -80,3 +82,34 @@ def test_a_service_with_no_connection_to_spare_says_so_and_when_to_come_again(
     with refused(ProblemCode.NOT_READY) as found:
         worker.tasks.claim(ClaimTask(), wait_s=0)
     assert found[0].retry_after_s in range(2, 11)
+
+
+class Ring:
+    """Refers to itself: only the collector can free it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+async def test_old_garbage_is_collected_by_the_clock_and_not_by_the_number_of_objects(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(garbage, "EVERY_S", 0.05)
+    before = gc.get_threshold()
+    ring = Ring()
+    gc.collect()  # it is old now: no look at young objects finds it
+    freed = asyncio.Event()
+    weakref.finalize(ring, asyncio.get_running_loop().call_soon_threadsafe, freed.set)
+    del ring
+
+    collecting = asyncio.create_task(garbage.collect_seldom())
+    await asyncio.sleep(0)
+    by_number = gc.get_threshold()
+    async with asyncio.timeout(PATIENCE_S):
+        await freed.wait()
+    collecting.cancel()
+    await asyncio.gather(collecting, return_exceptions=True)
+
+    assert by_number[:2] == before[:2]
+    assert by_number[2] > 1_000_000
+    assert gc.get_threshold() == before

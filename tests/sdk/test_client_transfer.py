@@ -1,6 +1,7 @@
 """Models arrive whole, verified and durable, or not at all; events arrive once and in order."""
 
 import hashlib
+import socket
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from isthmus.wire.events import EventKind, EventView
 from isthmus.wire.jobs import JobState
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import ModelReference
+from tests.sdk.loopback import read_head, response, script
 
 MODEL = bytes(range(256)) * 12_000  # 3 MB
 DIGEST = hashlib.sha256(MODEL).hexdigest()
@@ -285,3 +287,75 @@ def test_the_digest_may_come_by_repr_digest(tmp_path: Path) -> None:
     service.answer("GET", "/v1/jobs/*/model", MODEL, headers={"Repr-Digest": format_repr_digest(DIGEST)})
     with service.client() as at:
         assert at.jobs.download_model(JOB, tmp_path / "model") == DIGEST
+
+
+LARGE = bytes(range(251)) * 20_000  # 5 MB: more than _streaming.LARGE_BYTES
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_large_model_is_fetched_over_a_connection_of_its_own(tmp_path: Path, announced: bool) -> None:
+    heads: list[bytes] = []
+
+    def play(connection: socket.socket) -> None:
+        heads.append(read_head(connection))
+        length = f"Content-Length: {len(LARGE)}\r\n" if announced else "Connection: close\r\n"
+        connection.sendall(f"HTTP/1.1 200 OK\r\n{length}\r\n".encode() + LARGE)
+
+    with script(play) as port:
+        fetch_large(port, tmp_path / "m")
+
+    assert (tmp_path / "m").read_bytes() == LARGE
+    assert b"Authorization: Bearer isk_a_b\r\n" in heads[0]
+
+
+def test_a_large_model_that_is_cut_or_held_back_goes_on_where_it_was(tmp_path: Path) -> None:
+    heads: list[bytes] = []
+    cut = 1_234_567
+
+    def play(connection: socket.socket) -> None:
+        heads.append(read_head(connection))
+        etag = f'ETag: "{hashlib.sha256(LARGE).hexdigest()}"\r\n'
+        if len(heads) == 1:
+            connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {len(LARGE)}\r\n{etag}\r\n".encode() + LARGE[:cut])
+        elif len(heads) == 2:
+            connection.sendall(response(503, b"later"))
+        else:
+            there = (
+                f"Content-Range: bytes {cut}-{len(LARGE) - 1}/{len(LARGE)}\r\nContent-Length: {len(LARGE) - cut}\r\n"
+            )
+            connection.sendall(f"HTTP/1.1 206 Partial\r\n{there}{etag}\r\n".encode() + LARGE[cut:])
+
+    with script(play) as port:
+        fetch_large(port, tmp_path / "m")
+
+    assert (tmp_path / "m").read_bytes() == LARGE
+    assert [f"Range: bytes={cut}-\r\n".encode() in head for head in heads] == [False, True, True]
+
+
+def test_a_large_model_that_is_refused_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+    def play(connection: socket.socket) -> None:
+        read_head(connection)
+        connection.sendall(response(404, b"{}"))
+
+    with script(play) as port, pytest.raises(BadResponse, match="404"):
+        fetch_large(port, tmp_path / "m")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_gives_a_large_model_without_speaking_http_is_a_bad_response(tmp_path: Path) -> None:
+    def play(connection: socket.socket) -> None:
+        read_head(connection)
+        connection.sendall(b"220 mail.example.org\r\n\r\n")
+
+    with script(play) as port, pytest.raises(BadResponse, match="does not speak HTTP"):
+        fetch_large(port, tmp_path / "m")
+
+
+def fetch_large(port: int, target: Path) -> None:
+    """LARGE from a service on this port, as a worker asks for it."""
+    address, digest = f"http://127.0.0.1:{port}", hashlib.sha256(LARGE).hexdigest()
+    clock = Clock(sleep=lambda _: None, chance=lambda: 0.0, now=lambda: NOW)
+    with Client(address, "isk_a_b", clock=clock) as worker:
+        model = ModelReference(digest=digest, size_bytes=len(LARGE), url=f"{address}/v1/checkpoints/{digest}")
+        worker.tasks.download_model(model, target)

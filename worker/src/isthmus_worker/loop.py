@@ -272,7 +272,7 @@ class Agent:
     def _claim(self, wait_s: int) -> TaskOffer | NoWork:
         began = time.monotonic()
         try:
-            offer = self.client.tasks.claim(ClaimTask(datasets=tuple(self._served)), wait_s=wait_s)
+            offer = self.client.tasks.claim(ClaimTask(datasets=tuple(self._served), holding=()), wait_s=wait_s)
         except Refused as refusal:
             if refusal.code in KEY_REFUSED:
                 raise KeyRefused(refusal) from refusal

@@ -8,8 +8,7 @@ import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
-from io import BufferedReader
-from typing import Final, cast
+from typing import Final
 
 from isthmus.client._admission import Connection
 from isthmus.client._answers import MAX_ANSWER_BYTES, Answer
@@ -58,7 +57,7 @@ def _pieces(response: HTTPResponse, address: str, timeout_s: float) -> Iterator[
                 return
             yield memoryview(piece)
     buffer, left = memoryview(bytearray(_BUFFER_BYTES)), response.length
-    source = cast(BufferedReader, response.fp)  # `response.readinto` would wait until the buffer is full
+    source = response.fp  # `response.readinto` would wait until the buffer is full
     while left:
         with _translated(address, timeout_s):
             count = source.readinto1(buffer[:left])

@@ -124,6 +124,13 @@ def normalised_weights(weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
+def begin(total: Block, update: NDArray[Any], weight: float) -> None:
+    """total = 0 + weight * update, elementwise in float64: as `accumulate` onto zeros, to the sign of a zero."""
+    np.copyto(total, update)
+    np.multiply(total, weight, out=total)
+    np.add(total, 0.0, out=total)
+
+
 def accumulate(total: Block, update: NDArray[Any], weight: float, scratch: Block) -> None:
     """total += weight * update, elementwise in float64; the product is rounded before it is added.
 
@@ -256,10 +263,13 @@ class _Fold:
             return [_Written(name, None, start, block, kept=True)]
         # What is not finite is found before it is written: the processor need not warn.
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            mean, raw = buffers.zeroed(count), buffers.raw(self.moved.tensors[name].dtype, count)
-            for update, share in zip(self.updates, self.shares, strict=True):
+            mean, raw = buffers.mean(count), buffers.raw(self.moved.tensors[name].dtype, count)
+            for number, (update, share) in enumerate(zip(self.updates, self.shares, strict=True)):
                 update.read_block(name, start, raw)
-                accumulate(mean, raw, share, buffers.scratch(count))
+                if number:
+                    accumulate(mean, raw, share, buffers.scratch(count))
+                else:
+                    begin(mean, raw, share)
             slots = _read_state(self.strategy, self.state, name, start, buffers.raw(DType.F32, count))
             after = self.strategy.step(block.astype(np.float64), mean, slots)
             found = [_Written(name, None, start, after.astype(NUMPY_DTYPE[spec.dtype]), kept=False)]
@@ -302,9 +312,8 @@ class _Buffers:
         kind = NUMPY_DTYPE[dtype]
         return self._raw.view(np.uint8)[: count * kind.itemsize].view(kind)
 
-    def zeroed(self, count: int) -> Block:
-        """A sum of nothing."""
-        self._mean[:count] = 0.0
+    def mean(self, count: int) -> Block:
+        """Room for the sum."""
         return self._mean[:count]
 
     def scratch(self, count: int) -> Block:

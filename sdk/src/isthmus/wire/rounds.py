@@ -97,9 +97,12 @@ def task_manifest(kind: TaskKind, spec: JobSpec, number: int, model: Manifest) -
 class ClaimTask(Request):
     """A worker asks for work. `datasets` limits it to those that it can serve just now; None: all of its own."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{}, {"datasets": ["heart"]}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{}, {"datasets": ["heart"], "holding": []}]})
 
     datasets: tuple[str, ...] | None = Field(default=None, max_length=10_000)
+    holding: tuple[UUID, ...] | None = Field(default=None, max_length=1_000)
+    """The tasks that the worker is at. Others that it had claimed are lost to it (it was killed, or the answer went
+    astray): it gets them again at once, under the next fence. None: it does not say, and leases decide."""
 
 
 class ModelReference(Response):
