@@ -89,7 +89,8 @@ class Waiter(asyncio.Protocol):
         if status == b"200":
             if self.given is not None and not self.given.done():
                 self.given.set_result(now)
-            self._later(AGAIN_S, self.ask)
+            if not self.poll.busy:
+                self._later(AGAIN_S, self.ask)
         elif status == b"204":
             self.poll.empty += 1
             self._later(after_s, self.ask)
@@ -126,6 +127,8 @@ class Polling:
         self.wait_s = wait_s
         self.empty = 0
         self.over = False
+        self.busy = False
+        """Whether a worker with a task asks for no other: it would be given the same one again."""
         self.failures: Counter[str] = Counter()
         self.waiters: list[Waiter] = []
         self._connecting: set[asyncio.Task[None]] = set()
@@ -223,6 +226,7 @@ async def offered_one_by_one(
 
 async def offered_at_once(polling: Polling, fleet: Fleet, connection: psycopg.AsyncConnection[Any]) -> list[float]:
     """Milliseconds until each worker had its task, when one transaction offers one to everybody."""
+    polling.busy = True
     waiting = [polling.loop.create_future() for _ in polling.waiters]
     for waiter, given in zip(polling.waiters, waiting, strict=True):
         waiter.given = given

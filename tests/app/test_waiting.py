@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -34,6 +36,24 @@ def test_an_offer_between_the_first_look_and_the_waiting_is_not_missed(
 
     assert site.try_claim(wait_s=PATIENCE_S) is not None
     assert looked
+
+
+def test_what_is_offered_while_its_worker_waits_reaches_it_before_the_wait_is_over(federation: Federation) -> None:
+    with ThreadPoolExecutor(1) as calls:
+        waiting = calls.submit(federation.sites[0].try_claim, PATIENCE_S)  # nobody looks again at the end of a wait
+        until_waiting(federation.platform, 1)
+        federation.start()
+
+        assert waiting.result() is not None
+
+
+def until_waiting(platform: Platform, workers: int) -> None:
+    """Return when the service says that so many workers wait."""
+    http = platform.http(platform.admin)
+    ends = time.monotonic() + PATIENCE_S
+    while f"isthmus_workers_waiting {workers}.0" not in http.get("/metrics").text.splitlines():
+        assert time.monotonic() < ends, "they do not wait"
+        time.sleep(0.02)
 
 
 def test_a_worker_that_waits_in_vain_comes_again_at_once_and_one_that_does_not_wait_later(

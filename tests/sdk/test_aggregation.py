@@ -333,3 +333,13 @@ def test_memory_grows_neither_with_the_model_nor_with_the_updates(tmp_path: Path
         tracemalloc.stop()
     assert peak < 2 << 20  # the model has 4 MiB, the updates 80
     assert arrays.read(tmp_path / "next")["w"].tolist() == [2.0] * (1 << 20)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_negative_zeros_are_added_to_zero(updates: int) -> None:
+    zero = MemorySource({"a": np.array([-0.0], np.float32)})
+    sink = MemorySink(zero.tensors)
+
+    aggregate(arrays.manifest_of(zero.arrays), zero, [zero] * updates, [1] * updates, FedAvg(), sink=sink)
+
+    assert not np.signbit(sink.arrays["a"])  # -0 + (0 + -0)

@@ -176,3 +176,28 @@ def test_a_file_that_is_not_finished_is_removed(tmp_path: Path) -> None:
     assert not path.exists()
     with pytest.raises(ValueError, match="not finished"):
         _ = writer.digest
+
+
+def test_large_tensors_are_written_and_digested_as_small_ones_are(tmp_path: Path) -> None:
+    tensors = {  # more than a stretch of write-back, and small ones before and after
+        "a": np.arange(5, dtype=np.float32),
+        "b": np.arange(5_000_000, dtype=np.float32),
+        "c": np.arange(7, dtype=np.float32),
+    }
+
+    digest = arrays.write(tmp_path / "file", tensors)
+
+    assert (tmp_path / "file").read_bytes() == arrays.encode(tensors)
+    assert digest == hashlib.sha256(arrays.encode(tensors)).hexdigest()
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_file_is_synced_unless_its_writer_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+
+    arrays.write(tmp_path / "file", {"a": np.zeros(3, np.float32)}, durable=durable)
+
+    assert bool(synced) is durable

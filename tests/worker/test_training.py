@@ -140,8 +140,11 @@ def test_an_update_is_clipped_as_one_vector_and_noised_afresh() -> None:
     assert clipped["a"][0] / clipped["b"][0] == pytest.approx(0.75)
     assert not _same(*noised)
     assert _same(protect(update, PrivacySpec()), update)
-    with pytest.raises(NonFiniteUpdate):
-        protect({"a": np.array([np.nan], np.float32)}, PrivacySpec())
+    for broken in ([np.nan, 1], [np.inf, 1], [np.inf, -np.inf]):
+        with pytest.raises(NonFiniteUpdate):
+            protect({"a": np.array(broken, np.float32)}, PrivacySpec())
+    large = {"a": np.full(4, 3e38, np.float32)}  # finite, though its sum is not
+    assert _same(protect(large, PrivacySpec()), large)
 
 
 def test_measures_are_finite_also_without_rows_and_auc_needs_both_classes() -> None:
