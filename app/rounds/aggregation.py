@@ -41,8 +41,9 @@ log = structlog.get_logger(__name__)
 
 FOLD_THREADS: Final = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 """How many threads compute a sum, beside the one that writes it. The bytes do not depend on it."""
-BLOCK_ELEMENTS: Final = 1 << 16
-"""Small enough for a core's cache, and large enough that threads seldom wait for the interpreter's lock."""
+BLOCK_ELEMENTS: Final = 1 << 15 if FOLD_THREADS == 1 else 1 << 17
+"""Small enough for a core's cache; where there are several threads, large enough that they seldom wait for each other
+at the interpreter's lock."""
 
 _LOCK_SPACE = 0x15_74_4D_55_00_00_00_00  # advisory locks of rounds, apart from other users' of the database
 

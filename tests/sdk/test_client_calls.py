@@ -266,7 +266,7 @@ def test_a_claim_gives_work_or_the_time_to_come_back() -> None:
     assert isinstance(offer, TaskOffer)
     assert offer == sample_offer()
     assert service.requests[0].query == {"wait": "5"}
-    assert service.requests[0].json() == {"datasets": ["heart"]}
+    assert service.requests[0].json() == {"datasets": ["heart"], "holding": None}
 
 
 def test_a_claim_is_repeated_after_a_cut_and_a_heartbeat_is_not() -> None:
