@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Sessions = async_sessionmaker[AsyncSession]
 
+UNCOMMITTED: Final = "nothing is committed here"
+"""Marks, in its `info`, a session that never commits: nothing can be done at its commit."""
 LOCKS_AT_ONCE: Final = 8
 """Of one process: the sweep's, and one for each aggregation that runs."""
 LOCK_PATIENCE_S: Final = 4.0
@@ -57,7 +59,9 @@ def open_single_statements(engine: AsyncEngine) -> Sessions:
     a rollback psycopg forgets all prepared statements of the connection, and Postgres plans them anew, which takes it
     many times as long as running them.
     """
-    return async_sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"), expire_on_commit=False)
+    return async_sessionmaker(
+        engine.execution_options(isolation_level="AUTOCOMMIT"), expire_on_commit=False, info={UNCOMMITTED: True}
+    )
 
 
 _CLOCK: Final = select(func.clock_timestamp())

@@ -16,6 +16,7 @@ from sqlalchemy.dialects.postgresql import insert as insert_if_new
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from app.database import UNCOMMITTED
 from app.models import EventStream
 from app.models.base import uuid7
 from isthmus.wire.events import GENESIS, EventKind, event_hash
@@ -54,7 +55,12 @@ def append(
     """Append one event when the transaction commits. Events of one transaction keep their order.
 
     `data` must be plain JSON values; it is hashed as canonical JSON.
+
+    Raises:
+        RuntimeError: the session never commits, and the event would be lost.
     """
+    if UNCOMMITTED in session.info:
+        raise RuntimeError("an event was appended in a session that never commits")
     session.info.setdefault(_NOTED, []).append(_Noted(stream, kind, at, actor, data))
 
 
