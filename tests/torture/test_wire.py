@@ -122,7 +122,9 @@ def test_who_is_stalled_goes_on_with_the_same_bytes(talk: Talk) -> None:
 
     point = WirePoint("here", b"GET /", upwards=False, after_bytes=10, answer=b"HTTP/1.1 200", words="")
     talk.relay.give(WireOrder(point, 1, wait))
-    talk.agent.sendall(b"GET /v1/checkpoints/7 HTTP/1.1\r\n\r\n")
+    asked = b"GET /v1/checkpoints/7 HTTP/1.1\r\n\r\n"
+    talk.agent.sendall(asked)
+    assert read(talk.service, len(asked)) == asked  # a service answers what it has heard
     answer = b"HTTP/1.1 200 OK\r\n\r\n" + bytes(range(100))
     talk.service.sendall(answer)
     assert reached.wait(PATIENCE_S)
