@@ -98,15 +98,15 @@ async def find_open_round(session: AsyncSession, job_id: UUID, lock: Lock = None
     return found if isinstance(found, Round) else None
 
 
-async def get_task(session: AsyncSession, task_id: UUID, worker_id: UUID | None, lock: Lock = None) -> Task:
+async def get_task(session: AsyncSession, task_id: UUID, worker_id: UUID) -> Task:
     """The task, if it is the worker's.
 
     Raises:
         NotFound: it is not, or there is none.
     """
     statement = select(Task).where(Task.id == task_id, Task.worker_id == worker_id)
-    task = (await session.scalars(_locked(statement, lock))).one_or_none()
-    if not isinstance(task, Task):
+    task = (await session.scalars(statement)).one_or_none()
+    if task is None:
         raise NotFound("task", task_id)
     return task
 

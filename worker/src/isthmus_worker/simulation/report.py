@@ -1,4 +1,4 @@
-"""What is kept and shown of a simulation: files for later, a table of the clients for now."""
+"""What is kept and shown of a simulation: files in a folder, and a table of the clients."""
 
 import json
 from collections import Counter
