@@ -6,7 +6,7 @@ Rounds are the truth, queue jobs are alarms. Everything that time makes due stan
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from typing import Final
 from uuid import UUID
@@ -36,6 +36,10 @@ SWEEP_LOCK: Final = 0x15_74_4D_55_5357_4550
 IDEMPOTENCY_KEPT: Final = timedelta(hours=24)
 PATIENCE_MS: Final = 500
 """So long a piece of the sweep waits for a lock."""
+GRACE_S: Final = 5.0
+"""So long an aggregation may go on when its process ends."""
+CANCEL_AGAIN_S: Final = 2 * GRACE_S
+"""Whoever has not ended by then has not heard that it should."""
 
 
 def install_tasks(queue: Queue, parts: Parts) -> None:
@@ -55,9 +59,21 @@ async def coordinating(parts: Parts) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        for task in tasks:
+        await _end(tasks)
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended.
+
+    Once does not always do: Python 3.11's `wait_for`, by which pools of connections wait, loses a cancellation that
+    comes just as a connection does, and whoever works for ever would go on.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _aggregate_forever(parts: Parts) -> None:
@@ -68,7 +84,7 @@ async def _aggregate_forever(parts: Parts) -> None:
                 concurrency=2,
                 install_signal_handlers=False,
                 fetch_job_polling_interval=1.0,
-                shutdown_graceful_timeout=5,
+                shutdown_graceful_timeout=GRACE_S,
                 delete_jobs="always",  # a failure is logged, and the sweep asks again as long as the round wants it
             )
         except Exception:

@@ -1,5 +1,6 @@
 """The database: engine, sessions, the one clock, migrations."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool
-from sqlalchemy import func, make_url, select
+from sqlalchemy import Connection, event, func, make_url, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 if TYPE_CHECKING:
@@ -59,9 +60,22 @@ def open_single_statements(engine: AsyncEngine) -> Sessions:
     a rollback psycopg forgets all prepared statements of the connection, and Postgres plans them anew, which takes it
     many times as long as running them.
     """
-    return async_sessionmaker(
-        engine.execution_options(isolation_level="AUTOCOMMIT"), expire_on_commit=False, info={UNCOMMITTED: True}
-    )
+    single = engine.execution_options()
+    event.listen(single.sync_engine, "engine_connect", _commit_by_itself)
+    return async_sessionmaker(single, expire_on_commit=False, info={UNCOMMITTED: True})
+
+
+def _commit_by_itself(connection: Connection) -> None:
+    """Let every statement of a connection just taken from the pool be a transaction of its own.
+
+    psycopg lets others run meanwhile if the event loop was busy, so whoever waits here may be cancelled. Nobody knows
+    of the connection yet: given as the engine's own option, the isolation level would lose it, and the pool its place.
+    """
+    try:
+        connection.execution_options(isolation_level="AUTOCOMMIT")
+    except BaseException:
+        connection.invalidate()  # never to be taken for one that does as transactions do
+        raise
 
 
 _CLOCK: Final = select(func.clock_timestamp())
@@ -109,7 +123,11 @@ class AdvisoryLocks:
     @asynccontextmanager
     async def hold(self, key: int) -> AsyncIterator[bool]:
         """Hold a lock for as long as the block lasts; False if another holds it, here or in another process."""
+        task = asyncio.current_task()
+        cancelled = task.cancelling() if task else 0
         async with self._pool.connection() as connection:
+            if task and task.cancelling() > cancelled:
+                raise asyncio.CancelledError  # lost where the pool waits, by Python 3.11's `wait_for`
             free = False
             try:
                 cursor = await connection.execute("SELECT pg_try_advisory_lock(%s)", (key,))

@@ -94,8 +94,8 @@ def invalid(error: RequestValidationError | ValidationError) -> Problem:
     found = error.errors()
     fields = [FieldProblem(field=_field(tuple(item["loc"])), message=_message(item["msg"])) for item in found]
     code = ProblemCode.INVALID_REQUEST
-    if any(item["type"] == ProblemCode.EPSILON_NOT_AVAILABLE.value for item in found):
-        code = ProblemCode.EPSILON_NOT_AVAILABLE
+    if any(item["type"] == ProblemCode.SECURE_AGGREGATION_NOT_AVAILABLE.value for item in found):
+        code = ProblemCode.SECURE_AGGREGATION_NOT_AVAILABLE
     detail = "; ".join(f"{field.field}: {field.message}" for field in fields[:3])
     if len(fields) > 3:
         detail += f"; and {len(fields) - 3} more"

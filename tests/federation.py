@@ -23,9 +23,10 @@ from app.settings import Settings
 from isthmus.client import Client
 from isthmus.client.tasks import NoWork
 from isthmus.codec import arrays
-from isthmus.wire.datasets import AutomaticApproval, DatasetView, UsePolicy
+from isthmus.wire.datasets import AutomaticApproval, Budget, DatasetView, UsePolicy
 from isthmus.wire.jobs import JobSpec, JobState, JobView
 from isthmus.wire.organizations import OrganizationView
+from isthmus.wire.privacy import LARGEST_EPSILON, PrivacyMode
 from isthmus.wire.rounds import (
     METRICS_PREFIX,
     ClaimTask,
@@ -38,17 +39,25 @@ from isthmus.wire.rounds import (
     TaskView,
     UpdateReceipt,
 )
-from tests.running import PATIENCE_S, Platform, announcement, first_admin, serving
+from tests.running import PATIENCE_S, Platform, first_admin, serving
 
 Arrays = dict[str, NDArray[Any]]
 SEED = "5e" * 32
 OPEN = UsePolicy(
     purposes=("research",),
+    modes=(PrivacyMode.NONE, PrivacyMode.RECORD, PrivacyMode.CENTRAL, PrivacyMode.LOCAL),
+    budget=Budget(epsilon=LARGEST_EPSILON),
     allow_exact_metrics=True,
     allow_exact_statistics=True,
     automatic_approval=AutomaticApproval(),
 )
 BY_HAND = OPEN.model_copy(update={"automatic_approval": None})
+
+RECORD: dict[str, Any] = {"unit": "record", "clip_norm": 1.0, "noise_multiplier": 4.0}
+CENTRAL: dict[str, Any] = {"unit": "organization", "where": "central", "clip_norm": 1.0, "noise_multiplier": 4.0}
+LOCAL: dict[str, Any] = {**CENTRAL, "where": "local"}
+"""Privacy sections. Those of organizations go with `strategy=UNIFORM`."""
+UNIFORM: dict[str, Any] = {"fedavg": {"weights": "uniform"}}
 
 Thing = TypeVar("Thing")
 
@@ -88,9 +97,13 @@ class Site:
         self.organization: OrganizationView = platform.organization(name)
         self.steward: Client = platform.steward(self.organization)
         self.worker: Client = platform.worker(self.organization)
-        self.dataset: DatasetView = self.worker.datasets.announce("heart", announcement(rows))
+        self.dataset: DatasetView = self.announce(rows=rows)
         self.steward.datasets.confirm(self.dataset.id)
         self.steward.datasets.set_policy(self.dataset.id, policy)
+
+    def announce(self, name: str = "heart", **told: Any) -> DatasetView:
+        """Announce a dataset under the worker's signature; what is told is as `announcement` takes it."""
+        return self.platform.announce(self.worker, name, **told)
 
     def try_claim(self, wait_s: int = 0) -> TaskOffer | None:
         """What is on offer now, if anything."""
@@ -219,6 +232,7 @@ def open_federation(
             "data_dir": folder / "data",
             "coordinate": True,
             "sweep": timedelta(milliseconds=100),
+            "lease": timedelta(minutes=10),  # no lease lapses because the machine is slow; tests end them by hand
             **settings,
         }
     )

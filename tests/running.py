@@ -5,12 +5,14 @@ def test_a_name_is_given_once(platform: Platform) -> None:
 """
 
 import asyncio
+import hashlib
 import itertools
 import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,6 +21,7 @@ import httpx
 import psycopg
 import pytest
 import uvicorn
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from app.admin.service import create_first_admin
 from app.database import open_engine, open_sessions
@@ -26,7 +29,8 @@ from app.main import create_app
 from app.settings import Settings
 from isthmus.client import NO_RETRIES, Client, Refused
 from isthmus.wire.data import ColumnKind, ColumnSchema, DatasetSchema
-from isthmus.wire.datasets import AnnounceDataset, DatasetView
+from isthmus.wire.datasets import AnnounceDataset, Budget, DatasetView, UsePolicy, announcement_bytes
+from isthmus.wire.models import ModelKind
 from isthmus.wire.organizations import (
     CreateApiKey,
     CreateOrganization,
@@ -36,10 +40,24 @@ from isthmus.wire.organizations import (
     Role,
     Scope,
 )
+from isthmus.wire.privacy import LARGEST_DELTA, LARGEST_EPSILON, PrivacyMode
 from isthmus.wire.problems import ProblemCode
+from isthmus.wire.rounds import TaskKind
 from isthmus.wire.workers import EnrollWorker
 
 PATIENCE_S = 30.0
+
+LOOSEST = UsePolicy(
+    purposes=("*",),
+    model_kinds=tuple(ModelKind),
+    modes=tuple(PrivacyMode),
+    budget=Budget(epsilon=LARGEST_EPSILON, delta=LARGEST_DELTA),
+    max_delta=LARGEST_DELTA,
+    max_rounds=1_000_000,
+    allow_exact_metrics=True,
+    allow_exact_statistics=True,
+)
+"""A policy that refuses nothing: what the workers of tests announce, so that every other one tightens it."""
 
 
 class Platform:
@@ -51,6 +69,8 @@ class Platform:
         self._stack = stack
         self._numbers = itertools.count(1)
         self.keys: dict[Client, str] = {}
+        self.signing: dict[Client, tuple[Ed25519PrivateKey, str]] = {}
+        """The private key of each worker, and the name of its organization."""
         self.admin = self.client(admin_key)
 
     def client(self, key: str | None = None) -> Client:
@@ -94,13 +114,22 @@ class Platform:
         return self.client_of(self.principal(Role.STEWARD, organization))
 
     def worker(self, organization: OrganizationView, name: str | None = None) -> Client:
-        """A new worker of the organization."""
+        """A new worker of the organization, which can sign."""
+        key = Ed25519PrivateKey.generate()
         token = self.admin.organizations.issue_enrollment_token(organization.id).token
-        return self.client(self.client().workers.enroll(introduction(token, name)).api_key)
+        worker = self.client(self.client().workers.enroll(introduction(token, name, key=key)).api_key)
+        self.signing[worker] = (key, organization.name)
+        return worker
 
-    def dataset(self, worker: Client, name: str = "heart", *, confirmed_by: Client | None = None) -> DatasetView:
+    def announce(self, worker: Client, name: str = "heart", **told: Any) -> DatasetView:
+        """Have the worker announce a dataset under its signature; what it tells is as `announcement` takes it."""
+        return worker.datasets.announce(name, announcement(*self.signing[worker], name, **told))
+
+    def dataset(
+        self, worker: Client, name: str = "heart", *, confirmed_by: Client | None = None, **told: Any
+    ) -> DatasetView:
         """A dataset that the worker announced, and that the steward confirmed if one is given."""
-        dataset = worker.datasets.announce(name, announcement())
+        dataset = self.announce(worker, name, **told)
         return dataset if confirmed_by is None else confirmed_by.datasets.confirm(dataset.id)
 
     def execute(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -110,15 +139,49 @@ class Platform:
             return cursor.fetchall() if cursor.description else []
 
 
-def introduction(token: str, name: str | None = None) -> EnrollWorker:
+def introduction(token: str, name: str | None = None, *, key: Ed25519PrivateKey | None = None) -> EnrollWorker:
     """How a worker introduces itself, with a public key of its own."""
-    return EnrollWorker(token=token, name=name or f"agent-{secrets.token_hex(4)}", public_key=secrets.token_hex(32))
+    public_key = (key or Ed25519PrivateKey.generate()).public_key().public_bytes_raw().hex()
+    return EnrollWorker(token=token, name=name or f"agent-{secrets.token_hex(4)}", public_key=public_key)
 
 
-def announcement(rows: int = 303, *, columns: Sequence[str] = ("age", "chol", "disease")) -> AnnounceDataset:
-    """The metadata of a dataset whose columns are numbers."""
-    schema = DatasetSchema(columns=tuple(ColumnSchema(name=name, kind=ColumnKind.NUMBER) for name in columns))
-    return AnnounceDataset(data_schema=schema, rows=rows, description="patients")
+def lineage_of(organization: str, dataset: str) -> str:
+    """The lineage that a dataset has in tests, unless it is given another."""
+    return hashlib.sha256(f"{organization}/{dataset}".encode()).hexdigest()
+
+
+def announcement(
+    key: Ed25519PrivateKey,
+    organization: str,
+    dataset: str = "heart",
+    *,
+    rows: int = 303,
+    columns: Sequence[str | ColumnSchema] = ("age", "chol", "disease"),
+    task_kinds: Sequence[TaskKind] = tuple(TaskKind),
+    description: str = "patients",
+    policy: UsePolicy = LOOSEST,
+    lineage: str | None = None,
+    signed_at: datetime | None = None,
+) -> AnnounceDataset:
+    """The metadata of a dataset, signed; columns given by name are numbers."""
+    schema = DatasetSchema(
+        columns=tuple(
+            ColumnSchema(name=column, kind=ColumnKind.NUMBER) if isinstance(column, str) else column
+            for column in columns
+        )
+    )
+    lineage, signed_at = lineage or lineage_of(organization, dataset), signed_at or datetime.now(UTC)
+    signed = announcement_bytes(organization, dataset, policy=policy, lineage=lineage, signed_at=signed_at)
+    return AnnounceDataset(
+        data_schema=schema,
+        rows=rows,
+        task_kinds=tuple(task_kinds),
+        description=description,
+        policy=policy,
+        lineage=lineage,
+        signed_at=signed_at,
+        signature=key.sign(signed).hex(),
+    )
 
 
 @contextmanager

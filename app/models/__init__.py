@@ -9,6 +9,7 @@ from app.models.event import Event, EventStream
 from app.models.grant import Grant
 from app.models.idempotency_key import IdempotencyKey
 from app.models.job import Job
+from app.models.ledger import Ledger
 from app.models.ledger_entry import LedgerEntry
 from app.models.organization import Organization
 from app.models.participation import Participation
@@ -20,5 +21,6 @@ from app.models.worker import Worker
 
 __all__ = [
     "ApiKey", "Base", "Checkpoint", "Dataset", "EnrollmentToken", "Event", "EventStream", "Grant", "IdempotencyKey",
-    "Job", "LedgerEntry", "Organization", "Participation", "Principal", "Round", "Task", "Update", "Worker", "uuid7",
+    "Job", "Ledger", "LedgerEntry", "Organization", "Participation", "Principal", "Round", "Task", "Update", "Worker",
+    "uuid7",
 ]  # fmt: skip

@@ -51,3 +51,4 @@ class Round(Base):
     frozen_at: Mapped[datetime | None]
     deferred_at: Mapped[datetime | None]  # when its aggregation was last asked for
     completed_at: Mapped[datetime | None]
+    noise_key: Mapped[bytes | None] = mapped_column(deferred=True)  # of central noise, while the round aggregates

@@ -19,7 +19,7 @@ class Update(Base):
     task_id: Mapped[UUID] = mapped_column(ForeignKey("tasks.id"), unique=True)
     round_id: Mapped[UUID] = mapped_column(ForeignKey("rounds.id"), index=True)
     participation_id: Mapped[UUID] = mapped_column(ForeignKey("participations.id"), index=True)
-    blob_key: Mapped[str]
+    blob_key: Mapped[str | None]  # None: deleted when its round ended, as central noise asks for
     digest: Mapped[str]
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     weight: Mapped[float]

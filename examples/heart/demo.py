@@ -34,6 +34,7 @@ from isthmus.submission import submit
 from isthmus.wire.datasets import DatasetView
 from isthmus.wire.events import EventView
 from isthmus.wire.jobs import JobSpec, JobState, JobView
+from isthmus.wire.privacy import PrivacyReport
 
 FAILED: Final = 1
 
@@ -56,9 +57,9 @@ def play(federation: Federation, teller: Teller, *, keep: bool) -> None:
 
     federation.admit()
     federation.start_workers(spec)
-    datasets = federation.open_datasets(spec)
+    datasets = federation.open_datasets()
     teller.say("hospitals", *who_takes_part(datasets), seconds=time.monotonic() - ready)
-    teller.say("stewards", *what_is_allowed(spec))
+    teller.say("stewards", *what_is_allowed(datasets))
 
     researcher = federation.client(RESEARCHER)
     job = submit(researcher, spec)
@@ -68,6 +69,7 @@ def play(federation: Federation, teller: Teller, *, keep: bool) -> None:
     watch(heard(federation, job), spec.rounds, teller.console)
     job = completed(researcher.jobs.get(job.id))
     download(federation, job)
+    teller.say("spent", *what_was_spent(researcher.jobs.privacy(job.id), datasets))
 
     from examples.heart.comparison import compare  # noqa: PLC0415 - loaded by now, while the service started
     from examples.heart.curve import draw  # noqa: PLC0415
@@ -102,12 +104,16 @@ def who_takes_part(datasets: Sequence[DatasetView]) -> list[str]:
     return [f"patients: {named}", "each a worker, a process of its own in a folder with its own rows only"]
 
 
-def what_is_allowed(spec: JobSpec) -> list[str]:
-    """The policy that every steward has set."""
-    privacy = spec.privacy
+def what_is_allowed(datasets: Sequence[DatasetView]) -> list[str]:
+    """The policy that every hospital's worker has announced, and its steward confirmed."""
+    policy = datasets[0].policy
+    assert policy.budget is not None, "the hospitals' configurations set one"
+    modes = " or ".join(mode.value for mode in policy.modes)
     return [
-        f"confirmed the data; approve by rule: {spec.purpose}, clip norm <= {privacy.clip_norm:g}, "
-        f"noise multiplier >= {privacy.noise_multiplier:g}, at least {spec.cohort.min_updates} hospitals a round",
+        f"confirmed the data; approve by rule: {', '.join(policy.purposes)}, privacy of a {modes}, epsilon <= "
+        f"{policy.max_epsilon:g} a job,",
+        f"at least {policy.min_cohort} hospitals a round; a budget of epsilon {policy.budget.epsilon:g} for all jobs, "
+        "for ever",
     ]
 
 
@@ -123,12 +129,23 @@ def what_is_asked(spec: JobSpec) -> list[str]:
 
 
 def what_is_claimed(spec: JobSpec) -> list[str]:
-    """What protects the patients, and what does not."""
+    """What protects the patients."""
     privacy = spec.privacy
     return [
-        f"clip norm {privacy.clip_norm:g}, noise multiplier {privacy.noise_multiplier:g}: no epsilon is claimed",
-        "release: exact, that is: loss, accuracy and AUC leave un-noised, as do the columns' means and variances",
+        f"unit: {privacy.unit.value}, epsilon {privacy.epsilon:g} at delta {privacy.claimed_delta:g}: whether one "
+        "patient was there stays hidden from everybody",
+        f"each patient's gradient is clipped to {privacy.clip_norm:g}, noise in every step; figures of quality stay at "
+        "each hospital",
     ]
+
+
+def what_was_spent(report: PrivacyReport, datasets: Sequence[DatasetView]) -> list[str]:
+    """What the job has cost each hospital's budget."""
+    spent = {one.organization: one.epsilon_spent or 0.0 for one in report.datasets}
+    named = ", ".join(f"{hospital.short} {spent[hospital.name]:.2f}" for hospital in HOSPITALS)
+    budget = datasets[0].policy.budget
+    assert budget is not None, "the hospitals' configurations set one"
+    return [f"epsilon {named}, at delta {report.delta:g},", f"of a budget of {budget.epsilon:g} at each hospital"]
 
 
 def heard(federation: Federation, job: JobView) -> Iterator[EventView]:

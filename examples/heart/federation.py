@@ -107,7 +107,7 @@ class Federation:
             self.processes.await_end(f"{name}-enroll")
             self.processes.start(name, [command("isthmus-worker"), "run", "--config", site.config], folder=site.folder)
 
-    def open_datasets(self, spec: JobSpec) -> list[DatasetView]:
+    def open_datasets(self) -> list[DatasetView]:
         """What the stewards do once their workers have announced the data: confirm it, and say what it is for."""
         opened = []
         for site in self.sites:
@@ -121,7 +121,7 @@ class Federation:
             self.processes.await_that(is_announced, f"{site.hospital.name} announces its data")
             if found[0].state is DatasetState.ANNOUNCED:
                 steward.datasets.confirm(found[0].id)
-            opened.append(steward.datasets.set_policy(found[0].id, use_policy(spec)))
+            opened.append(steward.datasets.set_policy(found[0].id, use_policy(found[0].announced_policy)))
         return opened
 
     def client(self, principal: str) -> Client:

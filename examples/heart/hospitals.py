@@ -72,16 +72,6 @@ def furnish(hospital: Hospital, root: Path, *, service_url: str, spec: JobSpec) 
     return site
 
 
-def use_policy(spec: JobSpec) -> UsePolicy:
-    """What every steward allows, by rule: this purpose, with as much noise and as tight a clip as the job has."""
-    return UsePolicy(
-        purposes=(spec.purpose,),
-        principals=(RESEARCHER,),
-        min_noise_multiplier=spec.privacy.noise_multiplier,
-        max_clip_norm=spec.privacy.clip_norm,
-        min_cohort=spec.cohort.min_updates,
-        max_rounds=100,
-        allow_exact_metrics=True,
-        allow_exact_statistics=True,
-        automatic_approval=AutomaticApproval(grant_days=1, max_rounds=100),
-    )
+def use_policy(announced: UsePolicy) -> UsePolicy:
+    """What every steward allows: what the worker's own configuration does, by rule and for a day."""
+    return announced.model_copy(update={"automatic_approval": AutomaticApproval(grant_days=1, max_rounds=100)})

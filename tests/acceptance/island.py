@@ -18,9 +18,10 @@ import psycopg
 
 from isthmus.client import Client, Unreachable
 from isthmus.submission import submit
-from isthmus.wire.datasets import AutomaticApproval, UsePolicy
+from isthmus.wire.datasets import AutomaticApproval, Budget, UsePolicy
 from isthmus.wire.jobs import JobSpec, JobState, JobView
 from isthmus.wire.organizations import CreateApiKey, CreateOrganization, CreatePrincipal, Role
+from isthmus.wire.privacy import LARGEST_EPSILON, PrivacyMode
 from tests.running import first_admin
 
 PATIENCE_S = 60.0
@@ -34,11 +35,12 @@ state_dir = "state"
 name = "patients"
 description = "made for a test"
 source = {{ kind = "csv", path = "patients.csv" }}
+budget = {{ epsilon = 100.0, delta = 1e-5 }}
 
 [policy]
 principals = ["ada"]
 purposes = ["research"]
-require_clipping = false
+modes = ["none", "record", "organization-central", "organization-local"]
 max_clip_norm = "unbounded"
 allow_exact_metrics = true
 allow_exact_statistics = true
@@ -49,7 +51,10 @@ allow_exact_statistics = true
 """
 
 POLICY = UsePolicy(
+    principals=("ada",),
     purposes=("research",),
+    modes=(PrivacyMode.NONE, PrivacyMode.RECORD, PrivacyMode.CENTRAL, PrivacyMode.LOCAL),
+    budget=Budget(epsilon=LARGEST_EPSILON),
     allow_exact_metrics=True,
     allow_exact_statistics=True,
     automatic_approval=AutomaticApproval(),

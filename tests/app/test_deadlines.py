@@ -3,7 +3,6 @@
 import socket
 import time
 from collections.abc import Callable
-from datetime import timedelta
 
 from isthmus.wire.base import format_repr_digest
 from isthmus.wire.events import EventKind
@@ -159,8 +158,7 @@ class HalfAnUpload:
         return answer
 
 
-def test_an_upload_in_progress_holds_the_round_open_within_its_grace(make_federation: MakeFederation) -> None:
-    federation = make_federation(lease=timedelta(seconds=6), heartbeat=timedelta(seconds=2))
+def test_an_upload_in_progress_holds_the_round_open_within_its_grace(federation: Federation) -> None:
     job = federation.start(job_spec(cohort={"min_updates": 2, "deadline_s": 60, "grace_s": 30}))
     first, second, third = federation.sites
     first.hand_in(first.claim(), filled(1.0))

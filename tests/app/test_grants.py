@@ -221,15 +221,13 @@ def test_only_the_dataset_s_own_steward_decides(make_federation: MakeFederation)
 
 
 def test_the_weight_is_the_rows_declared_when_the_grant_was_given(make_federation: MakeFederation) -> None:
-    from tests.running import announcement
-
     federation = make_federation(policy=BY_HAND, sites=2)
     job = federation.start()
     first, second = federation.sites
-    first.worker.datasets.announce("heart", announcement(300))
+    first.announce(rows=300)
     approve(first, job)
     approve(second, job)
-    first.worker.datasets.announce("heart", announcement(900))
+    first.announce(rows=900)
     first.hand_in(first.claim(), filled(1.0))
     second.hand_in(second.claim(), filled(5.0))
     federation.finish(job)

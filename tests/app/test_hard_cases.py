@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import numpy as np
 import psycopg
@@ -18,8 +17,9 @@ from isthmus.wire.rounds import ClaimTask, TaskKind, TaskOffer, TaskState
 from tests.app.test_deadlines import HalfAnUpload, pass_deadline
 from tests.app.test_grants import approve, part_of
 from tests.app.test_races import withdraw
+from tests.app.test_waiting import until_waiting
 from tests.federation import BY_HAND, Federation, Site, filled, job_spec, measured
-from tests.running import announcement, refused
+from tests.running import refused
 
 MakeFederation = Callable[..., Federation]
 
@@ -85,7 +85,7 @@ def test_a_dataset_confirmed_anew_lets_a_waiting_job_begin(make_federation: Make
     first, second = federation.sites
     job = federation.start()
     columns = ("age", "chol", "disease", "weight")
-    second.worker.datasets.announce("heart", announcement(100, columns=columns))
+    second.announce(rows=100, columns=columns)
     approve(first, job)
     approve(second, job)
     assert federation.job(job).state is JobState.AWAITING_APPROVAL
@@ -154,7 +154,7 @@ def test_a_worker_revoked_while_it_waits_is_given_nothing(federation: Federation
         target=lambda: answers.append(third.worker.tasks.claim(ClaimTask(), wait_s=4)), daemon=True
     )
     waiter.start()
-    time.sleep(0.5)
+    until_waiting(federation.platform, 1)
     third.steward.workers.revoke(next(iter(third.steward.workers.list())).id)
     federation.start(job_spec(cohort={"min_updates": 2}))
     waiter.join(20)
@@ -168,7 +168,7 @@ def test_waiting_goes_on_after_the_database_dropped_every_connection(federation:
         target=lambda: answers.append(site.worker.tasks.claim(ClaimTask(), wait_s=20)), daemon=True
     )
     waiter.start()
-    time.sleep(0.5)
+    until_waiting(federation.platform, 1)
     federation.platform.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
         "AND pid <> pg_backend_pid()"
@@ -257,7 +257,7 @@ def test_a_replaced_worker_takes_the_dataset_over_and_the_job_goes_on(federation
     federation.until_state(job, JobState.PAUSED)
 
     third.worker = federation.platform.worker(third.organization)
-    third.worker.datasets.announce("heart", announcement(100))
+    third.announce(rows=100)
     third.steward.datasets.confirm(third.dataset.id)
     federation.researcher.jobs.resume(job.id)
 
@@ -276,8 +276,7 @@ def test_a_dataset_that_takes_only_some_kinds_of_tasks_is_asked_only_for_jobs_of
     federation = make_federation(sites=2)
     federation.add(1)
     limited = federation.sites[2]
-    body = announcement(100).model_copy(update={"task_kinds": (TaskKind.TRAIN,)})
-    limited.worker.datasets.announce("heart", body)
+    limited.announce(rows=100, task_kinds=(TaskKind.TRAIN,))
 
     plain = federation.start(job_spec())
     assert len(list(federation.researcher.jobs.participations(plain.id))) == 3
@@ -312,14 +311,16 @@ def test_a_renewed_grant_is_the_steward_s_own_and_an_expired_one_can_still_be_wi
     assert (federation.model(job)["0.bias"] == 1.0).all()
 
 
-def test_an_upload_that_stalls_does_not_hold_the_round_by_heartbeats(make_federation: MakeFederation) -> None:
-    federation = make_federation(lease=timedelta(seconds=2), heartbeat=timedelta(seconds=1))
+def test_an_upload_that_stalls_does_not_hold_the_round_by_heartbeats(federation: Federation) -> None:
     job = federation.start(job_spec(cohort={"min_updates": 2, "deadline_s": 60, "grace_s": 60}))
     first, second, third = federation.sites
     first.hand_in(first.claim(), filled(1.0))
     second.hand_in(second.claim(), filled(1.0))
     offer = third.claim()
     upload = HalfAnUpload(third, offer, 4.0)
+    federation.platform.execute(
+        "UPDATE tasks SET progress_until = clock_timestamp() + interval '1 s' WHERE state = 'uploading'"
+    )
     pass_deadline(federation, job)
     beats = 0
     while federation.researcher.jobs.round(job.id, 1).accepted == 2 and federation.job(job).state is JobState.RUNNING:

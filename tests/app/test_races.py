@@ -339,7 +339,12 @@ def _second_service(database_url: str, folder: Path, stack: ExitStack) -> str:
     from app.settings import Settings
     from tests.running import serving
 
-    settings = Settings(database_url=database_url, data_dir=folder / "data", sweep=timedelta(milliseconds=100))
+    settings = Settings(
+        database_url=database_url,
+        data_dir=folder / "data",
+        sweep=timedelta(milliseconds=100),
+        lease=timedelta(minutes=10),
+    )
     return stack.enter_context(serving(settings))
 
 

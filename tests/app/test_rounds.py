@@ -15,11 +15,10 @@ from isthmus.wire.events import EventKind, verify_chain
 from isthmus.wire.jobs import JobState
 from isthmus.wire.rounds import ClaimTask, RoundPhase, TaskState
 from tests.federation import OPEN, Arrays, Federation, filled, job_spec
-from tests.running import announcement
 
 
 def test_a_round_is_the_mean_weighted_by_declared_rows(federation: Federation) -> None:
-    federation.sites[0].worker.datasets.announce("heart", announcement(200))
+    federation.sites[0].announce(rows=200)
     job = federation.start(job_spec())
 
     for value, site in zip((1.0, 2.0, 4.0), federation.sites, strict=True):
@@ -32,7 +31,7 @@ def test_a_round_is_the_mean_weighted_by_declared_rows(federation: Federation) -
 
 @pytest.mark.parametrize("kind", ["fedavg", "fedavgm"])
 def test_with_uniform_weights_declared_rows_do_not_count(federation: Federation, kind: str) -> None:
-    federation.sites[0].worker.datasets.announce("heart", announcement(2000))
+    federation.sites[0].announce(rows=2000)
     job = federation.start(job_spec(strategy={kind: {"weights": "uniform"}}))
 
     for value, site in zip((1.0, 2.0, 6.0), federation.sites, strict=True):
@@ -68,7 +67,7 @@ def test_rounds_follow_each_other_and_the_record_tells_all(federation: Federatio
 
 def test_a_worker_is_offered_only_the_datasets_that_it_asks_for(federation: Federation) -> None:
     site = federation.sites[0]
-    lungs = site.worker.datasets.announce("lungs", announcement(100))
+    lungs = site.announce("lungs", rows=100)
     site.steward.datasets.confirm(lungs.id)
     site.steward.datasets.set_policy(lungs.id, OPEN)
     federation.start()

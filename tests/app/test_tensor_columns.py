@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from isthmus.wire.data import ColumnKind, ColumnSchema, DatasetSchema
-from isthmus.wire.datasets import AnnounceDataset, DatasetState
+from isthmus.wire.data import ColumnKind, ColumnSchema
+from isthmus.wire.datasets import DatasetState
 from isthmus.wire.jobs import JobSpec, JobState
 from isthmus.wire.problems import ProblemCode
 from tests.federation import Federation, Site, job_spec
@@ -18,8 +18,7 @@ def _announce(site: Site, shape: tuple[int, ...]) -> None:
         ColumnSchema(name="image", kind=ColumnKind.TENSOR, shape=shape),
         ColumnSchema(name="label", kind=ColumnKind.NUMBER),
     )
-    body = AnnounceDataset(data_schema=DatasetSchema(columns=columns), rows=100, description="scans")
-    site.dataset = site.steward.datasets.confirm(site.worker.datasets.announce("heart", body).id)
+    site.dataset = site.steward.datasets.confirm(site.announce(columns=columns, rows=100, description="scans").id)
 
 
 def _spec(shape: tuple[int, ...] = SHAPE) -> JobSpec:
@@ -78,8 +77,6 @@ def test_another_shape_of_its_arrays_has_a_dataset_confirmed_anew(imaging: Feder
         ColumnSchema(name="label", kind=ColumnKind.NUMBER),
     )
 
-    told = site.worker.datasets.announce(
-        "heart", AnnounceDataset(data_schema=DatasetSchema(columns=columns), rows=100, description="scans")
-    )
+    told = site.announce(columns=columns, rows=100, description="scans")
 
     assert told.state is DatasetState.ANNOUNCED

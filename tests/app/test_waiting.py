@@ -16,7 +16,7 @@ from isthmus.wire.rounds import ClaimTask
 from tests.federation import Federation
 from tests.running import Platform, refused
 
-PATIENCE_S = 10
+PATIENCE_S = 30
 
 
 def test_an_offer_between_the_first_look_and_the_waiting_is_not_missed(

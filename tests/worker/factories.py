@@ -11,6 +11,7 @@ import numpy as np
 
 from isthmus.codec.arrays import encode
 from isthmus.codec.dtypes import NUMPY_DTYPE
+from isthmus.privacy.planning import plan_of
 from isthmus.wire.base import digest_of
 from isthmus.wire.data import FeatureStatistics
 from isthmus.wire.jobs import JobSpec
@@ -39,10 +40,39 @@ SPEC: Mapping[str, Any] = {
     },
     "training": {"optimizer": {"sgd": {"lr": 0.1, "momentum": 0.9}}, "batch_size": 8, "epochs": 2},
     "cohort": {"min_updates": 3},
-    "privacy": {},
+    "privacy": "none",
     "rounds": 3,
     "evaluation": {"holdout": 0.2, "every": 1},
 }
+
+RECORD: Mapping[str, Any] = {
+    "privacy": {"unit": "record", "clip_norm": 1.0, "epsilon": 3.0},
+    "data": {
+        **SPEC["data"],
+        "features": [
+            {"name": "age", "range": [0, 120]},
+            {"name": "pressure", "missing": "indicate", "range": [50, 250]},
+            {"name": "sex", "categories": ["F", "M"]},
+        ],
+    },
+}
+"""What makes the heart job one that protects records."""
+
+LOCAL: Mapping[str, Any] = {
+    "privacy": {"unit": "organization", "where": "local", "clip_norm": 1.0, "noise_multiplier": 1.0},
+    "strategy": {"fedavg": {"weights": "uniform"}},
+    "data": {
+        "task": "classification", "features": ["age", {"name": "sex", "categories": ["F", "M"]}], "target": "ill",
+        "classes": 2,
+    },
+    "model": {"layers": [{"linear": {"in": 3, "out": 2}}]},
+}  # fmt: skip
+"""What makes it one whose updates are noised by each worker."""
+
+BUDGET: Mapping[str, float] = {"epsilon": 10.0, "delta": 1e-5}
+
+ROWS = 40
+"""Records of the dataset, as it was declared."""
 
 STATISTICS = FeatureStatistics(
     names=["age", "pressure"], count=[100.0, 90.0], mean=[50.0, 120.0], variance=[100.0, 400.0], rows=100.0, sites=3
@@ -51,8 +81,7 @@ STATISTICS = FeatureStatistics(
 OPEN_POLICY: Mapping[str, Any] = {
     "principals": ["*"],
     "purposes": ["*"],
-    "require_clipping": False,
-    "max_clip_norm": "unbounded",
+    "modes": ["none", "record", "organization-central", "organization-local"],
     "allow_exact_metrics": True,
     "allow_exact_statistics": True,
     "min_rows": 5,
@@ -62,6 +91,16 @@ OPEN_POLICY: Mapping[str, Any] = {
 def make_spec(**changes: Any) -> JobSpec:
     """The heart job, with sections replaced."""
     return JobSpec.model_validate({**SPEC, **changes})
+
+
+def make_record_spec(**changes: Any) -> JobSpec:
+    """The heart job with `unit: record` and epsilon 3, with sections replaced."""
+    return make_spec(**{**RECORD, **changes})
+
+
+def make_local_spec(**changes: Any) -> JobSpec:
+    """The heart job with `unit: organization, where: local`, with sections replaced."""
+    return make_spec(**{**LOCAL, **changes})
 
 
 def make_model(spec: JobSpec, seed: int = 7) -> tuple[bytes, Manifest]:
@@ -108,11 +147,12 @@ def make_offer(spec: JobSpec | None = None, number: int = 1, **changes: Any) -> 
         model_manifest=manifest,
         upload_manifest=task_manifest(kind, spec, number, manifest),
         statistics=None if kind is TaskKind.STATISTICS or spec.data.standardize == "none" else STATISTICS,
+        plan=plan_of(spec, ROWS, sum(tensor.elements for tensor in manifest.averaged().values())),
     )
     return offer.model_copy(update=changes)
 
 
-def write_patients(path: Path, rows: int = 40) -> Path:
+def write_patients(path: Path, rows: int = ROWS) -> Path:
     """A CSV file of made-up patients: some pressures are missing, and the elder ones are rather ill."""
     generator = np.random.default_rng(3)
     lines = ["age,pressure,sex,ill"]
@@ -126,11 +166,11 @@ def write_patients(path: Path, rows: int = 40) -> Path:
 
 
 def make_settings(folder: Path, *, service_url: str = "http://127.0.0.1:1", **changes: Any) -> Settings:
-    """A worker with one dataset in `folder`/patients.csv, whose policy lets everything pass."""
+    """A worker with one dataset in `folder`/patients.csv, whose policy lets everything pass, up to `BUDGET`."""
     plain: dict[str, Any] = {
         "service_url": service_url,
         "state_dir": folder / "state",
-        "datasets": [{"name": DATASET, "source": {"kind": "csv", "path": folder / "patients.csv"}}],
+        "datasets": [{"name": DATASET, "source": {"kind": "csv", "path": folder / "patients.csv"}, "budget": BUDGET}],
         "policy": dict(OPEN_POLICY),
         "resources": {"max_memory_mb": 1500},
     }

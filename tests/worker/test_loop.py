@@ -149,7 +149,7 @@ def test_what_no_check_foresaw_fails_the_task_and_not_the_agent(
 
 def test_a_heart_that_beats_for_nothing_stops_for_good(agent: Agent, service: FakeService) -> None:
     with Heart(agent.client, make_offer(heartbeat_s=0.1), max_silence_s=0.15) as heart:
-        until = time.monotonic() + 5
+        until = time.monotonic() + 30
         while heart.lost is None and time.monotonic() < until:
             time.sleep(0.01)
         beats = len(service.heartbeats)

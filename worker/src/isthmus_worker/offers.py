@@ -4,11 +4,17 @@ import math
 from collections.abc import Collection
 from typing import Final
 
+from isthmus.privacy.planning import plan_contradictions
 from isthmus.wire.base import digest_of
+from isthmus.wire.manifest import Manifest
+from isthmus.wire.privacy import PrivacyUnit
 from isthmus.wire.rounds import TaskKind, TaskOffer, kind_of_round, task_manifest
 
 LEAST_VARIANCE: Final = 1e-24
 """Of a column that is not constant, beside the square of its mean (or 1, if that is larger)."""
+
+MOST_RECORDS: Final = 1e12
+"""Of any dataset, as `AnnounceDataset.rows`."""
 
 
 def contradictions(offer: TaskOffer, *, organization: str, datasets: Collection[str]) -> list[str]:
@@ -26,12 +32,13 @@ def contradictions(offer: TaskOffer, *, organization: str, datasets: Collection[
         or kind_of_round(offer.round_number, spec.rounds) is not offer.kind
     ):
         found.append(f"Round {offer.round_number} of {spec.rounds} is not one of kind {offer.kind.value!r}.")
-    if offer.kind is TaskKind.STATISTICS and spec.data.standardize != "federated":
+    if offer.kind is TaskKind.STATISTICS and not spec.measures_statistics:
         found.append("The job asks for no statistics.")
     if spec.model.layers is not None and offer.model_manifest != spec.model.plan(spec.data.input_shape).manifest:
         found.append("The model's manifest is not that of the job's layers.")
     if offer.upload_manifest != task_manifest(offer.kind, spec, offer.round_number, offer.model_manifest):
         found.append("The upload's manifest is not what the job's spec makes of this task.")
+    found += plan_contradictions(spec, offer.plan, noised_elements(offer.model_manifest)) or _odd_steps(offer)
     if needs_statistics(offer):
         statistics = offer.statistics
         names = [feature.name for feature in spec.data.numbers()]
@@ -44,6 +51,31 @@ def contradictions(offer: TaskOffer, *, organization: str, datasets: Collection[
         elif not all(map(_plausible, statistics.mean, statistics.variance)):
             found.append("The federation's statistics hold a mean or a variance that no records have.")
     return found
+
+
+def noised_elements(model: Manifest) -> int:
+    """Parameters that a round averages, and that are noised each where there is noise."""
+    return sum(tensor.elements for tensor in model.averaged().values())
+
+
+def _odd_steps(offer: TaskOffer) -> list[str]:
+    """Whether the plan samples records as the job's training section says, for whatever number of records.
+
+    Other steps could cost what the plan says, and still not be the training that the organization has agreed to.
+    """
+    plan, training = offer.plan, offer.spec.training
+    if plan is None or plan.unit is not PrivacyUnit.RECORD:
+        return []
+    if 1 <= plan.expected_batch / plan.sampling_probability <= MOST_RECORDS:
+        records = round(plan.expected_batch / plan.sampling_probability)
+        batch = records if training.batch_size == "all" else min(records, training.batch_size)
+        steps = training.epochs * max(1, round(records / batch))
+        if (plan.expected_batch, plan.sampling_probability, plan.steps_per_round) == (batch, batch / records, steps):
+            return []
+    return [
+        f"The task's privacy plan samples each record with probability {plan.sampling_probability:g} in "
+        f"{plan.steps_per_round} steps of {plan.expected_batch:g}, which the job's batch_size and epochs never give."
+    ]
 
 
 def _plausible(mean: float, variance: float) -> bool:

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from isthmus.wire.base import Finite, Label, Name
+from isthmus.wire.datasets import Budget, UsePolicy
 from isthmus.wire.models import EntryPoint, ModelKind
-
-ANY: Final = "*"
+from isthmus.wire.privacy import Delta, Epsilon, PrivacyMode
 
 
 class SettingsRefused(Exception):
@@ -63,35 +63,73 @@ class DatasetSettings(_Section):
     name: Name
     description: Label = "no description"
     source: SourceSettings
+    budget: Budget | None = None
+    """What all jobs together may ever learn of one record. None: no job with a privacy unit passes."""
+
+
+_GONE: Final = {
+    "require_clipping": (
+        "require_clipping is gone: say which jobs pass by modes = [...], and how much they may learn by a budget of "
+        "the dataset instead (jobs with a privacy unit always clip; max_clip_norm bounds those without)"
+    ),
+    "min_noise_multiplier": (
+        "min_noise_multiplier is gone: say which jobs pass by modes = [...], and how much they may learn by a budget of "
+        "the dataset (and max_epsilon) instead; the noise follows from them"
+    ),
+}
+"""Keys of earlier versions, and what to write today."""
 
 
 def _kinds(value: Any) -> Any:
     return [ModelKind(item) if isinstance(item, str) and item in set(ModelKind) else item for item in value]
 
 
-class Policy(_Section):
-    """What this organization lets its worker do. Closed by default: nobody may ask, and for nothing."""
+def _bound(value: Any) -> Any:
+    if value == "unbounded":
+        raise ValueError("leave max_clip_norm out where there shall be no bound")
+    return value
 
-    principals: tuple[str, ...] = ()
+
+class Policy(_Section):
+    """What this organization lets its worker do. Closed by default: nobody may ask, for nothing, never without noise.
+
+    It is announced with every dataset under the worker's signature: the service asks it too, and a steward may tighten
+    it there. What is loosened is loosened here.
+    """
+
+    principals: tuple[Label, ...] = Field(default=(), max_length=1000)
     """Names of the researchers who may ask; `"*"` stands for anybody."""
-    purposes: tuple[str, ...] = ()
+    purposes: tuple[Label, ...] = Field(default=(), max_length=100)
     """Purposes that pass; `"*"` stands for any."""
     model_kinds: Annotated[tuple[ModelKind, ...], BeforeValidator(_kinds)] = (ModelKind.DECLARATIVE,)
     entry_points: tuple[EntryPoint, ...] = ()
     """Model functions installed here that jobs may name."""
-    require_clipping: bool = True
-    max_clip_norm: Annotated[Finite, Field(gt=0)] | Literal["unbounded"] = 1.0
-    min_noise_multiplier: Annotated[Finite, Field(ge=0)] = 0.0
+    modes: tuple[PrivacyMode, ...] = Field(default=(PrivacyMode.RECORD,), max_length=len(PrivacyMode))
+    """How a job may protect the records; `none` has to be listed to pass."""
+    max_epsilon: Epsilon | None = None
+    """Largest epsilon of one job; None: as far as the dataset's budget reaches."""
+    max_delta: Delta = 1e-5
+    max_clip_norm: Annotated[Annotated[Finite, Field(gt=0)] | None, BeforeValidator(_bound)] = None
+    """Largest clip_norm of jobs without a privacy unit; an unclipped one does not pass either. None: any."""
     allow_exact_metrics: bool = False
-    """Whether loss, accuracy and AUC may leave un-noised."""
+    """Whether loss, accuracy and AUC may leave un-noised, in jobs without a privacy unit."""
     allow_exact_statistics: bool = False
-    """Whether counts, means and variances of columns may leave un-noised."""
+    """Whether counts, means and variances of columns may leave un-noised, in jobs without a privacy unit."""
     min_rows: int = Field(default=10, ge=2)
     """Fewest training records for any task, and fewest held-out ones behind numbers that leave un-noised."""
-    min_cohort: int = Field(default=2, ge=2)
+    min_cohort: int = Field(default=2, ge=2, le=100_000)
     """Fewest updates with which the job may close a round."""
-    max_rounds: int = Field(default=1000, ge=1)
+    max_rounds: int = Field(default=1000, ge=1, le=1_000_000)
     max_model_bytes: int = Field(default=1_000_000_000, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_of_yesterday(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for name, advice in _GONE.items():
+                if name in value:
+                    raise ValueError(advice)
+        return value
 
 
 class Resources(_Section):
@@ -138,6 +176,25 @@ class Settings(_Section):
     def dataset(self, name: str) -> DatasetSettings | None:
         """The dataset of that name, if this worker serves it."""
         return next((dataset for dataset in self.datasets if dataset.name == name), None)
+
+
+def announced_policy(settings: Settings, dataset: DatasetSettings) -> UsePolicy:
+    """What the configuration allows for a dataset, as the worker announces it to the service."""
+    policy = settings.policy
+    return UsePolicy(
+        purposes=policy.purposes,
+        principals=policy.principals,
+        model_kinds=policy.model_kinds,
+        modes=policy.modes,
+        budget=dataset.budget,
+        max_epsilon=policy.max_epsilon,
+        max_delta=policy.max_delta,
+        max_clip_norm=policy.max_clip_norm,
+        min_cohort=policy.min_cohort,
+        max_rounds=policy.max_rounds,
+        allow_exact_metrics=policy.allow_exact_metrics,
+        allow_exact_statistics=policy.allow_exact_statistics,
+    )
 
 
 def read_settings(path: Path) -> Settings:
@@ -193,18 +250,30 @@ name = "cleveland"
 description = "303 patients examined for coronary heart disease"
 # Images and other arrays: { kind = "npz", path = "images.npz" }
 source = { kind = "csv", path = "cleveland.csv", delimiter = ",", missing = [] }
+# What all jobs together may ever learn of one patient. A small epsilon tells little: 1 is strict, 10 is loose. What is
+# spent does not come back, also not under another name for the same file. Without a budget no job with a privacy unit
+# passes. Delta should be well below 1 / number of records.
+budget = { epsilon = 10, delta = 1e-5 }
 
-# Your own rules, checked here for every task, whatever the service says. What is left out is closed.
+# Your own rules, checked here for every task, whatever the service says. What is left out is closed. They are told to
+# the service with each dataset, under this worker's signature: your stewards can tighten them there, and only this file
+# can loosen them. They hold from the agent's next start.
 [policy]
 principals = []                  # who may ask, by name; ["*"] for anybody
 purposes = []                    # for what, for example ["heart-research"]; ["*"] for anything
 model_kinds = ["declarative"]    # "entry_point" only together with entry_points below
 entry_points = []                # model functions that you installed and trust
-require_clipping = true
-max_clip_norm = 1.0              # or "unbounded"
-min_noise_multiplier = 0.0
-allow_exact_metrics = false      # loss, accuracy and AUC may leave as they are
-allow_exact_statistics = false   # means and variances of columns may leave as they are
+# How a job may protect your records:
+#   "record"                one record more or less cannot be told; the noise is added here, in every training step
+#   "organization-central"  all of your data cannot be told; the service adds the noise, and sees your update before
+#   "organization-local"    the same, with the noise added here
+#   "none"                  no promise at all: what leaves is not counted in any budget
+modes = ["record"]
+# max_epsilon = 3              # the most that one job may take of the budget
+max_delta = 1e-5
+# max_clip_norm = 1.0          # only for jobs of mode "none": the longest update that may leave
+allow_exact_metrics = false      # only for mode "none": loss, accuracy and AUC may leave as they are
+allow_exact_statistics = false   # only for mode "none": means and variances of columns may leave as they are
 min_rows = 10                    # fewest training records, and held-out ones behind exact numbers
 min_cohort = 3                   # a round must not close with fewer updates than that
 max_rounds = 100

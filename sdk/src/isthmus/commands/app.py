@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from isthmus import __version__
-from isthmus.commands import datasets, jobs, keys, login, organizations, participations, principals, workers
+from isthmus.commands import datasets, jobs, keys, login, organizations, participations, principals, privacy, workers
 from isthmus.commands.extensions import ExtensibleGroup
 from isthmus.commands.session import surroundings
 
@@ -53,3 +53,4 @@ app.add_typer(workers.app, name="worker")
 app.add_typer(datasets.app, name="dataset")
 app.add_typer(participations.app, name="participation")
 app.add_typer(jobs.app, name="job")
+app.add_typer(privacy.app, name="privacy")

@@ -7,11 +7,13 @@ import typer
 
 from isthmus.commands.lookup import dataset_id
 from isthmus.commands.options import Json
-from isthmus.commands.rendering.datasets import dataset_text, datasets_table, ledger_table, policy_text
+from isthmus.commands.rendering.datasets import dataset_text, datasets_table, ledger_text, policy_text
 from isthmus.commands.session import connected, plain, write_json
 from isthmus.jobfile import load
+from isthmus.privacy.chain import verify_entries
 from isthmus.wire.datasets import AutomaticApproval, UsePolicy
 from isthmus.wire.models import ModelKind
+from isthmus.wire.privacy import PrivacyMode
 
 app = typer.Typer(no_args_is_help=True, help="Datasets: what workers can read, as metadata.")
 
@@ -48,9 +50,15 @@ def retire(ctx: typer.Context, dataset: Reference, as_json: Json = False) -> Non
 
 @app.command()
 def ledger(ctx: typer.Context, dataset: Reference, as_json: Json = False) -> None:
-    """Everything of a dataset that was released."""
+    """What a dataset's privacy budget was reserved and spent for; every entry's hash is checked on the way."""
     with connected(ctx) as at:
-        at.show_all(at.client.datasets.ledger(dataset_id(at.client, dataset)), ledger_table, as_json)
+        found = at.client.datasets.get(dataset_id(at.client, dataset))
+        entries = list(at.client.datasets.ledger(found.id))
+        verify_entries(entries)
+        if as_json:
+            write_json(at.around, {"budget": found.budget and plain(found.budget), "entries": [*map(plain, entries)]})
+        else:
+            at.around.out.print(ledger_text(found, entries))
 
 
 @app.command()
@@ -65,8 +73,11 @@ def policy(
     researcher: Annotated[list[str] | None, typer.Option(help="A principal who may ask; repeat it for more.")] = None,
     any_researcher: Annotated[bool, typer.Option("--any-researcher", help="Anybody of the platform may ask.")] = False,
     model_kind: Annotated[list[ModelKind] | None, typer.Option(help="A kind of model that is allowed.")] = None,
-    min_noise_multiplier: Annotated[float | None, typer.Option(help="The least noise.")] = None,
-    max_clip_norm: Annotated[float | None, typer.Option(help="The longest update.")] = None,
+    mode: Annotated[list[PrivacyMode] | None, typer.Option(help="A privacy mode that is allowed.")] = None,
+    max_epsilon: Annotated[float | None, typer.Option(help="The largest epsilon of one job.")] = None,
+    max_delta: Annotated[float | None, typer.Option(help="The largest delta of one job.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Epsilon of all jobs together, for ever.")] = None,
+    max_clip_norm: Annotated[float | None, typer.Option(help="The longest update of a job without privacy.")] = None,
     min_cohort: Annotated[int | None, typer.Option(help="The fewest updates a round may close with.")] = None,
     max_rounds: Annotated[int | None, typer.Option(help="The most rounds of a job.")] = None,
     exact_metrics: Annotated[
@@ -81,12 +92,17 @@ def policy(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a dataset's policy; or change the clauses that are given, and leave the others as they are."""
+    """Show a dataset's policy; or tighten the clauses that are given, and leave the others as they are.
+
+    What the worker's own configuration forbids cannot be allowed here.
+    """
     changes = _changes(
         purposes=tuple(purpose) if purpose else None,
         principals=tuple(researcher) if researcher else None,
         model_kinds=tuple(model_kind) if model_kind else None,
-        min_noise_multiplier=min_noise_multiplier,
+        modes=tuple(mode) if mode else None,
+        max_epsilon=max_epsilon,
+        max_delta=max_delta,
         max_clip_norm=max_clip_norm,
         min_cohort=min_cohort,
         max_rounds=max_rounds,
@@ -98,11 +114,14 @@ def policy(
         changes["principals"] = None
     if approve_by_rule is False:
         changes["automatic_approval"] = None
-    if file is not None and changes:
+    if file is not None and (changes or budget is not None):
         raise typer.BadParameter("--file replaces the whole policy; it goes with no other clause")
     wanted = load(file, UsePolicy) if file is not None else None
     with connected(ctx) as at:
         found = at.client.datasets.get(dataset_id(at.client, dataset))
+        if wanted is None and budget is not None:
+            delta = found.policy.budget.delta if found.policy.budget is not None else 1e-5
+            changes["budget"] = {"epsilon": budget, "delta": delta}
         if wanted is None and changes:
             wanted = UsePolicy.model_validate({**plain(found.policy), **changes})
         if wanted is not None:

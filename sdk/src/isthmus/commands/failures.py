@@ -107,5 +107,8 @@ _HINTS: Final[Mapping[str, str]] = {
     ProblemCode.MODEL_MISSING: "Submit with `isthmus job submit`, which uploads the initial model too.",
     ProblemCode.NO_MATCHING_DATASET: "`isthmus dataset list` shows what there is; only confirmed datasets count.",
     ProblemCode.SECRET_SHOWN_ONCE: "If the secret was lost, revoke it and create another.",
-    ProblemCode.GRANT_REFUSED_BY_POLICY: "`isthmus dataset policy` shows the policy, and sets it.",
+    ProblemCode.GRANT_REFUSED_BY_POLICY: "`isthmus dataset policy` shows the policy.",
+    ProblemCode.BUDGET_EXHAUSTED: "`isthmus dataset ledger` shows what the budget was spent for, and what is promised.",
+    ProblemCode.PRIVACY_IMPOSSIBLE: "`isthmus privacy plan` shows what noise would be needed.",
+    ProblemCode.POLICY_LOOSENED: "Only the configuration of the worker beside the data can allow more.",
 }

@@ -16,6 +16,7 @@ from isthmus.commands.options import Json
 from isthmus.commands.rendering.diagnosis import waits_for
 from isthmus.commands.rendering.jobs import event_line, job_report, job_text, jobs_table
 from isthmus.commands.rendering.metrics import last_with_sites, metrics_table, sites_table
+from isthmus.commands.rendering.privacy import report_text
 from isthmus.commands.rendering.text import printable
 from isthmus.commands.session import PATIENT, Session, connected, plain, surroundings, write_json
 from isthmus.commands.watch import watch
@@ -101,6 +102,22 @@ def watch_one(ctx: typer.Context, job_id: JobId, as_json: Json = False) -> None:
     """Follow a job to its end. With --json: a line for each event, and at last one for the job."""
     with connected(ctx, PATIENT) as at:
         _follow(at, job_id, as_json)
+
+
+@app.command()
+def privacy(
+    ctx: typer.Context,
+    job_id: JobId,
+    page: Annotated[Path | None, typer.Option(help="Write the report as a page to read and to print, in HTML.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a job promises about the records, what it has spent, and what it does not protect."""
+    with connected(ctx) as at:
+        if page is not None:
+            page.write_text(at.client.jobs.privacy_page(job_id), encoding="utf-8")
+            at.around.note(f"Wrote {page}.")
+        else:
+            at.show(at.client.jobs.privacy(job_id), report_text, as_json)
 
 
 @app.command()

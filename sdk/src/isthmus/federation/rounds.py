@@ -25,7 +25,7 @@ def number_after(spec: JobSpec, last: int | None) -> int | None:
     evaluates the final model, if something was held out.
     """
     if last is None:
-        return 0 if spec.data.standardize == "federated" and spec.data.numbers() else 1
+        return 0 if spec.measures_statistics else 1
     if last < spec.rounds:
         return last + 1
     return last + 1 if last == spec.rounds and spec.evaluation.holdout > 0 else None

@@ -12,6 +12,8 @@ MAX_FEATURES: Final = 10_000
 MAX_TENSOR_ELEMENTS: Final = 2**24
 """Most numbers that one record holds in one column: an image of 3 x 2048 x 2048 fits."""
 
+LARGEST_RANGE: Final = 1e15
+
 Column = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 RecordShape = Annotated[
     tuple[Annotated[int, Field(ge=1, le=MAX_TENSOR_ELEMENTS)], ...], Field(min_length=1, max_length=4)
@@ -42,6 +44,9 @@ class FeatureSpec(Request):
     standardize: bool = True
     """False: a number enters as it is (a mean imputed for it is still the federation's). Only numbers are
     standardized: categories and arrays never are."""
+    range: tuple[Finite, Finite] | None = None
+    """Numbers outside are taken for the nearer end. Whoever standardizes under privacy of records needs it: noise can
+    only cover what is bounded. Write what is known of the quantity, never what was seen in the data."""
     shape: RecordShape | None = None
     """The column holds one array of this shape a record. It is never missing."""
     divide_by: Annotated[Finite, Field(ge=1e-6, le=1e12)] | None = None
@@ -51,6 +56,11 @@ class FeatureSpec(Request):
     def _parts_fit_together(self) -> "FeatureSpec":
         if self.categories is not None and len(set(self.categories)) != len(self.categories):
             raise ValueError(f"the categories of {self.name!r} are not all different")
+        if self.range is not None:
+            if self.categories is not None or self.shape is not None:
+                raise ValueError(f"{self.name!r} is no number: `range` is for numbers")
+            if not self.range[0] < self.range[1] or self.range[1] - self.range[0] > LARGEST_RANGE:
+                raise ValueError(f"the range of {self.name!r} is [lowest, highest], with lowest below highest")
         if self.shape is None:
             if self.divide_by is not None:
                 raise ValueError(f"{self.name!r} has no `shape`: `divide_by` is for arrays")

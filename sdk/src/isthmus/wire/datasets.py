@@ -1,16 +1,23 @@
 """Datasets as metadata, and the policy that says what they may be used for."""
 
-from datetime import datetime
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from enum import StrEnum
+from typing import Annotated, Final
 from uuid import UUID
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
-from isthmus.wire.base import Finite, Label, Name, Request, Response
+from isthmus.wire.base import Digest, Finite, Label, Request, Response, canonical_json
 from isthmus.wire.data import DatasetSchema
 from isthmus.wire.jobs import JobSpec
+from isthmus.wire.ledger import BudgetView
 from isthmus.wire.models import ModelKind
+from isthmus.wire.privacy import Delta, Epsilon, PrivacyMode, PrivacyPlan, PrivacyUnit
 from isthmus.wire.rounds import TaskKind
+
+ANY: Final = "*"
+Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 
 
 class DatasetState(StrEnum):
@@ -28,44 +35,71 @@ class AutomaticApproval(Request):
     max_rounds: int = Field(default=100, ge=1, le=1_000_000)
 
 
+class Budget(Request):
+    """What all jobs together may ever learn of a single record of the dataset."""
+
+    epsilon: Epsilon
+    delta: Delta = 1e-5
+
+
 class UsePolicy(Request):
-    """What a dataset may be used for. Closed by default: with no purpose listed, no job passes."""
+    """What a dataset may be used for. Closed by default: no purpose, no privacy budget, and never without noise.
+
+    It is written in the configuration of the worker beside the data and announced under that worker's signature. A
+    steward may tighten it here; only the worker's own configuration can loosen it.
+    """
 
     purposes: tuple[Label, ...] = Field(default=(), max_length=100)
-    principals: tuple[Name, ...] | None = Field(default=None, max_length=1000)
-    """Names of the researchers who may ask; None: any of this platform."""
+    """Purposes that pass; `*` stands for any."""
+    principals: tuple[Label, ...] | None = Field(default=None, max_length=1000)
+    """Names of the researchers who may ask; None or `*`: any of this platform."""
     model_kinds: tuple[ModelKind, ...] = (ModelKind.DECLARATIVE,)
-    min_noise_multiplier: Finite = Field(default=0.0, ge=0)
+    modes: tuple[PrivacyMode, ...] = Field(default=(PrivacyMode.RECORD,), max_length=len(PrivacyMode))
+    """How a job may protect the records. `none` has to be listed to pass."""
+    budget: Budget | None = None
+    """Over all jobs, for ever. None: no job with a privacy unit passes."""
+    max_epsilon: Epsilon | None = None
+    """Largest epsilon of one job; None: as far as the budget reaches."""
+    max_delta: Delta = 1e-5
     max_clip_norm: Finite | None = Field(default=None, gt=0)
+    """Largest clip_norm of a job without a privacy unit; an unclipped one does not pass either. None: any."""
     min_cohort: int = Field(default=2, ge=2, le=100_000)
     max_rounds: int = Field(default=1000, ge=1, le=1_000_000)
     allow_exact_metrics: bool = False
-    """Whether loss, accuracy and AUC of this dataset may leave it un-noised."""
+    """Whether loss, accuracy and AUC of this dataset may leave it un-noised, in jobs without a privacy unit."""
     allow_exact_statistics: bool = False
-    """Whether counts, means and variances may leave it un-noised for `standardize: federated`."""
+    """Whether counts, means and variances may leave it un-noised, in jobs without a privacy unit."""
     automatic_approval: AutomaticApproval | None = None
+    """The steward's own decision: whether a person is asked for each job."""
 
 
-def policy_objections(policy: UsePolicy, spec: JobSpec, *, principal: str) -> list[str]:
+def allows(allowed: Sequence[str] | None, value: str) -> bool:
+    """Whether a list of a policy names `value`, or says `*`."""
+    return allowed is None or ANY in allowed or value in allowed
+
+
+def policy_objections(policy: UsePolicy, spec: JobSpec, *, principal: str, plan: PrivacyPlan | None) -> list[str]:
     """The clauses of `policy` that refuse `spec`, each a sentence that says what would pass; empty if none does.
 
-    `principal` is the name of the researcher who asks.
+    `principal` is the name of the researcher who asks. `plan` is what the job's privacy section becomes at the dataset
+    (`isthmus.privacy.planning.plan_of`); None for a job without a privacy unit.
     """
-    found = []
-    if spec.purpose not in policy.purposes:
+    found, privacy = [], spec.privacy
+    if not allows(policy.purposes, spec.purpose):
         allowed = ", ".join(policy.purposes) or "none yet"
         found.append(f"purposes: {spec.purpose!r} is not allowed (allowed: {allowed}).")
-    if policy.principals is not None and principal not in policy.principals:
+    if not allows(policy.principals, principal):
         found.append(f"principals: {principal!r} is not listed.")
     if spec.model.kind not in policy.model_kinds:
-        found.append(f"model_kinds: {spec.model.kind.value!r} models are not allowed.")
-    if spec.privacy.noise_multiplier < policy.min_noise_multiplier:
-        noise = spec.privacy.noise_multiplier
-        found.append(f"min_noise_multiplier: the job's {noise:g} is below {policy.min_noise_multiplier:g}.")
-    if policy.max_clip_norm is not None and (
-        spec.privacy.clip_norm is None or spec.privacy.clip_norm > policy.max_clip_norm
-    ):
-        has = "unbounded" if spec.privacy.clip_norm is None else f"{spec.privacy.clip_norm:g}"
+        kinds = ", ".join(kind.value for kind in policy.model_kinds) or "none"
+        found.append(f"model_kinds: {spec.model.kind.value!r} models are not allowed (allowed: {kinds}).")
+    if privacy.mode not in policy.modes:
+        modes = ", ".join(mode.value for mode in policy.modes) or "none at all"
+        found.append(f"modes: privacy {privacy.mode.value!r} is not allowed (allowed: {modes}).")
+    if privacy.unit is not PrivacyUnit.NONE:
+        found += _claim_objections(policy, plan)
+    elif policy.max_clip_norm is not None and (privacy.clip_norm is None or privacy.clip_norm > policy.max_clip_norm):
+        has = "unbounded" if privacy.clip_norm is None else f"{privacy.clip_norm:g}"
         found.append(f"max_clip_norm: the job's clip norm is {has}; at most {policy.max_clip_norm:g} passes.")
     if spec.cohort.min_updates < policy.min_cohort:
         found.append(
@@ -75,9 +109,82 @@ def policy_objections(policy: UsePolicy, spec: JobSpec, *, principal: str) -> li
         found.append(f"max_rounds: the job has {spec.rounds} rounds; at most {policy.max_rounds} pass.")
     if spec.releases_exact_metrics and not policy.allow_exact_metrics:
         found.append("allow_exact_metrics: the job's evaluation.release is 'exact'; 'local' would pass.")
-    if spec.data.standardize == "federated" and not policy.allow_exact_statistics:
+    if privacy.unit is PrivacyUnit.NONE and spec.data.standardize == "federated" and not policy.allow_exact_statistics:
         found.append("allow_exact_statistics: the job's data.standardize is 'federated'; 'none' would pass.")
     return found
+
+
+def _claim_objections(policy: UsePolicy, plan: PrivacyPlan | None) -> list[str]:
+    assert plan is not None, "a job with a privacy unit has a plan at every dataset"
+    if policy.budget is None:
+        return ["budget: the dataset has no privacy budget; its worker's configuration sets one."]
+    found = []
+    largest = policy.budget.epsilon if policy.max_epsilon is None else policy.max_epsilon
+    if plan.epsilon > largest:
+        found.append(
+            f"max_epsilon: the job's epsilon at this dataset is {plan.epsilon:.4g}; at most {largest:g} passes (more "
+            "noise, or fewer rounds)."
+        )
+    if plan.delta > policy.max_delta:
+        found.append(f"max_delta: the job's delta is {plan.delta:g}; at most {policy.max_delta:g} passes.")
+    return found
+
+
+def loosened(announced: UsePolicy, wanted: UsePolicy) -> list[str]:
+    """The clauses in which `wanted` allows more than `announced` does, one sentence each; empty if none does."""
+    narrowed = strictest(announced, wanted)
+    found = []
+    for clause in UsePolicy.model_fields:
+        if clause != "automatic_approval" and getattr(narrowed, clause) != getattr(wanted, clause):
+            found.append(f"{clause}: the worker's own policy says {_told(getattr(announced, clause))}.")
+    return found
+
+
+def strictest(one: UsePolicy, other: UsePolicy) -> UsePolicy:
+    """What both policies allow. `automatic_approval` and the order of lists are those of `other`."""
+    return UsePolicy(
+        purposes=_both(one.purposes, other.purposes) or (),
+        principals=_both(one.principals, other.principals),
+        model_kinds=tuple(kind for kind in other.model_kinds if kind in one.model_kinds),
+        modes=tuple(mode for mode in other.modes if mode in one.modes),
+        budget=_smaller_budget(one.budget, other.budget),
+        max_epsilon=_least(one.max_epsilon, other.max_epsilon),
+        max_delta=min(one.max_delta, other.max_delta),
+        max_clip_norm=_least(one.max_clip_norm, other.max_clip_norm),
+        min_cohort=max(one.min_cohort, other.min_cohort),
+        max_rounds=min(one.max_rounds, other.max_rounds),
+        allow_exact_metrics=one.allow_exact_metrics and other.allow_exact_metrics,
+        allow_exact_statistics=one.allow_exact_statistics and other.allow_exact_statistics,
+        automatic_approval=other.automatic_approval,
+    )
+
+
+def _both(one: tuple[str, ...] | None, other: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """What two lists name in common; None and `*` name everything."""
+    if one is None or ANY in one:
+        return other
+    if other is None or ANY in other:
+        return one
+    return tuple(value for value in other if value in one)
+
+
+def _least(one: float | None, other: float | None) -> float | None:
+    given = [value for value in (one, other) if value is not None]
+    return min(given) if given else None
+
+
+def _smaller_budget(one: Budget | None, other: Budget | None) -> Budget | None:
+    if one is None or other is None:
+        return None
+    return Budget(epsilon=min(one.epsilon, other.epsilon), delta=min(one.delta, other.delta))
+
+
+def _told(clause: object) -> str:
+    if isinstance(clause, tuple):
+        return ", ".join(str(item) for item in clause) or "none"
+    if isinstance(clause, Budget):
+        return f"epsilon {clause.epsilon:g} at delta {clause.delta:g}"
+    return "no bound" if clause is None else str(clause)
 
 
 class AnnounceDataset(Request):
@@ -87,6 +194,29 @@ class AnnounceDataset(Request):
     rows: int = Field(ge=1, le=10**12)
     task_kinds: tuple[TaskKind, ...] = Field(default=tuple(TaskKind), min_length=1, max_length=10)
     description: Label = "no description"
+    policy: UsePolicy = UsePolicy()
+    """What the worker's own configuration allows."""
+    lineage: Digest
+    """Names the budget: the worker gives the same one to the same data under any name."""
+    signed_at: datetime
+    """When the worker signed; an announcement older than the last one is refused."""
+    signature: Signature
+    """Over `announcement_bytes`, by the worker's Ed25519 key: 64 bytes in hexadecimal."""
+
+
+def announcement_bytes(
+    organization: str, dataset: str, *, policy: UsePolicy, lineage: str, signed_at: datetime
+) -> bytes:
+    """What a worker signs when it announces a dataset: the policy that travels with it, and the budget it draws on."""
+    return b"isthmus/announcement/v1" + canonical_json(
+        {
+            "organization": organization,
+            "dataset": dataset,
+            "policy": policy.model_dump(mode="json"),
+            "lineage": lineage,
+            "signed_at": signed_at.astimezone(UTC).isoformat(),
+        }
+    )
 
 
 class DatasetView(Response):
@@ -104,5 +234,12 @@ class DatasetView(Response):
     task_kinds: list[str]
     description: str
     policy: UsePolicy
+    """What is in force: the worker's policy, as the steward has tightened it."""
+    announced_policy: UsePolicy
+    """What the worker's own configuration allows."""
+    lineage: str
+    """Names the budget; datasets of one lineage share it."""
+    budget: BudgetView | None
+    """Of the organization's own people and workers; others see None."""
     announced_at: datetime
     confirmed_at: datetime | None

@@ -7,16 +7,14 @@ from uuid import UUID
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
-from pydantic_core import PydanticCustomError
 
 from isthmus.wire.base import Digest, Finite, Label, Name, Request, Response
 from isthmus.wire.data import DataSpec, FeatureStatistics
 from isthmus.wire.manifest import Manifest
 from isthmus.wire.models import ModelSpec
-from isthmus.wire.problems import ProblemCode
-from isthmus.wire.strategies import FedAvg, StrategySpec
+from isthmus.wire.privacy import NoiseMultiplier, PrivacySpec, PrivacyUnit
+from isthmus.wire.strategies import FedAvg, StrategySpec, Weighting
 
-Positive = Annotated[Finite, Field(gt=0)]
 Seconds = Annotated[Finite, Field(ge=0, le=30 * 86400)]
 
 
@@ -102,42 +100,12 @@ class CohortSpec(Request):
         return self
 
 
-class PrivacySpec(Request):
-    """Clipping and noise at the worker. No epsilon is claimed by this version of the service."""
-
-    clip_norm: Positive | None = None
-    """L2 bound on the whole update; None: not clipped."""
-    noise_multiplier: Annotated[Finite, Field(ge=0, le=1e6)] = 0.0
-    """Each worker adds Gaussian noise of standard deviation noise_multiplier * clip_norm to its clipped update."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_epsilon_yet(cls, value: Any) -> Any:
-        if value == "none" or value is None:
-            return {}
-        if isinstance(value, dict):
-            for name in ("epsilon", "delta", "unit", "where"):
-                if name in value:
-                    raise PydanticCustomError(
-                        ProblemCode.EPSILON_NOT_AVAILABLE.value,
-                        "privacy.{name} is refused: this version has no accountant and claims no epsilon. "
-                        "Write `privacy: none`, or `clip_norm` and `noise_multiplier`.",
-                        {"name": name},
-                    )
-        return value
-
-    @model_validator(mode="after")
-    def _noise_is_scaled_by_the_clip(self) -> "PrivacySpec":
-        if self.noise_multiplier > 0 and self.clip_norm is None:
-            raise ValueError("noise_multiplier needs a clip_norm: the noise is scaled by it")
-        return self
-
-
 class EvaluationRelease(StrEnum):
     """What a site tells of its evaluation."""
 
     EXACT = "exact"
     LOCAL = "local"  # the results stay with the worker
+    NOISED = "noised"  # counts with discrete Gaussian noise, charged to the dataset's ledger
 
 
 class EvaluationSpec(Request):
@@ -148,18 +116,15 @@ class EvaluationSpec(Request):
     every: int = Field(default=1, ge=0, le=1_000_000)
     """Measure the round's model at every so many rounds; 0: only the final model is measured."""
     release: EvaluationRelease | None = None
-    """None: `exact` without privacy, `local` with it."""
+    """None: `exact` without privacy, `local` with it. `noised` releases counts of held-out records, and no loss."""
+    noise_multiplier: NoiseMultiplier | None = None
+    """Noise of `release: noised`. None: a tenth of the job's target epsilon goes to it."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_noised_release_yet(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("release") == "noised":
-            raise PydanticCustomError(
-                ProblemCode.EPSILON_NOT_AVAILABLE.value,
-                "evaluation.release 'noised' is refused: this version has no accountant. Use `exact` or `local`.",
-                {},
-            )
-        return value
+    @model_validator(mode="after")
+    def _noise_is_for_noised_results(self) -> "EvaluationSpec":
+        if self.noise_multiplier is not None and self.release is not EvaluationRelease.NOISED:
+            raise ValueError("evaluation.noise_multiplier goes with release: noised")
+        return self
 
 
 class JobSpec(Request):
@@ -194,9 +159,73 @@ class JobSpec(Request):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _privacy_can_hold(self) -> "JobSpec":
+        """What would leave un-noised, or make the claim untrue, is refused here, before anybody is asked."""
+        privacy, release = self.privacy, self.evaluation.release
+        if privacy.unit is PrivacyUnit.NONE:
+            if release is EvaluationRelease.NOISED:
+                raise ValueError(
+                    "evaluation.release 'noised' needs a privacy unit to be charged for: use exact or local"
+                )
+            return self
+        if release is EvaluationRelease.EXACT:
+            raise ValueError(
+                "evaluation.release 'exact' sends un-noised results, which nobody accounts for: "
+                "use local (kept at the site), or noised"
+            )
+        if privacy.unit is PrivacyUnit.RECORD:
+            self._records_stay_hidden()
+        else:
+            self._organizations_stay_hidden()
+        return self
+
+    def _records_stay_hidden(self) -> None:
+        if self.data.standardize == "federated":
+            for feature in self.data.numbers():
+                if feature.range is None:
+                    raise ValueError(
+                        f"standardize: federated with unit record needs a range for every number: write "
+                        f"{{name: {feature.name}, range: [lowest, highest]}}; values are clipped to it, so that the "
+                        "noise covers them"
+                    )
+        if self.evaluation.release is EvaluationRelease.NOISED:
+            if self.data.task != "classification":
+                raise ValueError("evaluation.release 'noised' counts correct answers, which needs a classification")
+            if self.privacy.epsilon is None and self.evaluation.noise_multiplier is None:
+                raise ValueError("evaluation.noise_multiplier is needed where no epsilon is given to take a share of")
+        if (
+            self.data.standardize == "federated"
+            and self.data.numbers()
+            and self.privacy.epsilon is None
+            and self.privacy.statistics_noise_multiplier is None
+        ):
+            raise ValueError(
+                "privacy.statistics_noise_multiplier is needed where no epsilon is given to take a share of"
+            )
+
+    def _organizations_stay_hidden(self) -> None:
+        if self.strategy.weights is not Weighting.UNIFORM:
+            raise ValueError(
+                "unit organization needs uniform weights, or the largest site would count for more than the noise "
+                f"covers: write strategy: {{{self.strategy.kind}: {{weights: uniform}}}}"
+            )
+        if self.data.standardize == "federated" and self.data.numbers():
+            raise ValueError(
+                "standardize: federated releases an organization's statistics, which no noise for unit organization "
+                "can cover: use standardize: none with numbers that are scaled before, or unit: record"
+            )
+        if self.evaluation.release is EvaluationRelease.NOISED:
+            raise ValueError("evaluation.release 'noised' hides a record, not an organization: use local")
+
     def _batch_norm_stays_sound(self) -> None:
         """A running variance is averaged like a weight: what carries it beyond the sites' own can turn it negative."""
-        if self.privacy.noise_multiplier > 0:
+        if self.privacy.unit is PrivacyUnit.RECORD:
+            raise ValueError(
+                "layer batch_norm mixes the records of a batch, so no single record's part can be clipped: use "
+                "group_norm"
+            )
+        if self.privacy.unit is PrivacyUnit.ORGANIZATION:
             raise ValueError("batch_norm does not go with noise: a variance can turn negative; use group_norm")
         if self.strategy.kind != "fedavg" or self.strategy.lr > 1:
             raise ValueError(
@@ -205,11 +234,21 @@ class JobSpec(Request):
             )
 
     @property
+    def evaluation_release(self) -> EvaluationRelease:
+        """What sites tell of their evaluations, with the default filled in."""
+        if self.evaluation.release is not None:
+            return self.evaluation.release
+        return EvaluationRelease.EXACT if self.privacy.unit is PrivacyUnit.NONE else EvaluationRelease.LOCAL
+
+    @property
     def releases_exact_metrics(self) -> bool:
         """Whether sites send their metrics as they are."""
-        if self.evaluation.release is None:
-            return self.privacy.clip_norm is None
-        return self.evaluation.release is EvaluationRelease.EXACT
+        return self.evaluation_release is EvaluationRelease.EXACT
+
+    @property
+    def measures_statistics(self) -> bool:
+        """Whether a round 0 gathers the statistics of the number columns."""
+        return self.data.standardize == "federated" and bool(self.data.numbers())
 
 
 class JobState(StrEnum):

@@ -21,7 +21,8 @@ class ProblemCode(StrEnum):
     ENROLLMENT_REFUSED = "enrollment-refused"
     # what is asked
     INVALID_REQUEST = "invalid-request"
-    EPSILON_NOT_AVAILABLE = "epsilon-not-available"
+    SECURE_AGGREGATION_NOT_AVAILABLE = "secure-aggregation-not-available"
+    POLICY_SIGNATURE_INVALID = "policy-signature-invalid"
     BODY_TOO_LARGE = "body-too-large"
     LENGTH_REQUIRED = "length-required"
     UNSUPPORTED_MEDIA_TYPE = "unsupported-media-type"
@@ -37,6 +38,9 @@ class ProblemCode(StrEnum):
     MODEL_MISSING = "model-missing"
     NO_MATCHING_DATASET = "no-matching-dataset"
     GRANT_REFUSED_BY_POLICY = "grant-refused-by-policy"
+    PRIVACY_IMPOSSIBLE = "privacy-impossible"
+    BUDGET_EXHAUSTED = "budget-exhausted"
+    POLICY_LOOSENED = "policy-loosened"
     DATASET_SERVED_ELSEWHERE = "dataset-served-elsewhere"
     DATASET_NOT_CONFIRMED = "dataset-not-confirmed"
     # tasks and updates
@@ -75,7 +79,8 @@ PROBLEMS: Final[Mapping[ProblemCode, ProblemSpec]] = MappingProxyType(
         ProblemCode.METHOD_NOT_ALLOWED: ProblemSpec(405, "This address does not take that method"),
         ProblemCode.ENROLLMENT_REFUSED: ProblemSpec(403, "The enrolment token is not valid"),
         ProblemCode.INVALID_REQUEST: ProblemSpec(422, "The request does not fit the contract"),
-        ProblemCode.EPSILON_NOT_AVAILABLE: ProblemSpec(422, "This service claims no epsilon"),
+        ProblemCode.SECURE_AGGREGATION_NOT_AVAILABLE: ProblemSpec(422, "This version has no secure aggregation"),
+        ProblemCode.POLICY_SIGNATURE_INVALID: ProblemSpec(422, "The policy is not signed by the dataset's worker"),
         ProblemCode.BODY_TOO_LARGE: ProblemSpec(413, "The body is larger than allowed"),
         ProblemCode.LENGTH_REQUIRED: ProblemSpec(411, "The request must state its Content-Length"),
         ProblemCode.UNSUPPORTED_MEDIA_TYPE: ProblemSpec(415, "The body has another media type than this address takes"),
@@ -90,6 +95,9 @@ PROBLEMS: Final[Mapping[ProblemCode, ProblemSpec]] = MappingProxyType(
         ProblemCode.MODEL_MISSING: ProblemSpec(409, "The job has no initial model yet"),
         ProblemCode.NO_MATCHING_DATASET: ProblemSpec(409, "Too few datasets fit the job"),
         ProblemCode.GRANT_REFUSED_BY_POLICY: ProblemSpec(409, "The dataset's policy refuses this use"),
+        ProblemCode.PRIVACY_IMPOSSIBLE: ProblemSpec(409, "No noise reaches the job's privacy target"),
+        ProblemCode.BUDGET_EXHAUSTED: ProblemSpec(409, "The dataset's privacy budget does not allow it"),
+        ProblemCode.POLICY_LOOSENED: ProblemSpec(409, "A policy may be tightened here, never loosened"),
         ProblemCode.DATASET_SERVED_ELSEWHERE: ProblemSpec(409, "Another worker serves this dataset"),
         ProblemCode.DATASET_NOT_CONFIRMED: ProblemSpec(409, "The dataset is not confirmed by its steward"),
         ProblemCode.LEASE_LOST: ProblemSpec(409, "The lease was taken away; the task is offered anew"),

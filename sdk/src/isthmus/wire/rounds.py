@@ -9,8 +9,9 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from isthmus.wire.base import Digest, Finite, Request, Response, canonical_json
 from isthmus.wire.data import FeatureStatistics
-from isthmus.wire.jobs import JobSpec
+from isthmus.wire.jobs import EvaluationRelease, JobSpec
 from isthmus.wire.manifest import DType, Manifest, TensorSpec, update_manifest
+from isthmus.wire.privacy import PrivacyPlan
 
 LARGEST_FENCE: Final = 1 << 53
 Span = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
@@ -76,21 +77,31 @@ def _measures(spec: JobSpec, prefix: str) -> dict[str, TensorSpec]:
     return found
 
 
+def _released_measures(spec: JobSpec) -> dict[str, TensorSpec]:
+    """What a site tells of a model's quality: everything, noised counts, or nothing."""
+    prefix = f"{METRICS_PREFIX}holdout/"
+    if spec.evaluation_release is EvaluationRelease.EXACT:
+        return _measures(spec, prefix)
+    if spec.evaluation_release is EvaluationRelease.NOISED:
+        return {f"{prefix}examples": _scalar(), f"{prefix}accuracy": _scalar()}
+    return {}
+
+
 def task_manifest(kind: TaskKind, spec: JobSpec, number: int, model: Manifest) -> Manifest:
-    """What the body of a task's upload holds, exactly; `metrics/...` only where the job releases them exactly."""
+    """What the body of a task's upload holds, exactly; `metrics/...` only as far as the job releases them."""
     if kind is TaskKind.STATISTICS:
         numbers = (len(spec.data.numbers()),)
         axis = TensorSpec(dtype=DType.F64, shape=numbers)
         tensors = {f"{STATISTICS_PREFIX}{name}": axis for name in ("count", "mean", "m2")}
         return Manifest(tensors={**tensors, f"{STATISTICS_PREFIX}rows": _scalar()})
     if kind is TaskKind.EVALUATE:
-        return Manifest(tensors=_measures(spec, f"{METRICS_PREFIX}holdout/") if spec.releases_exact_metrics else {})
+        return Manifest(tensors=_released_measures(spec))
     tensors = dict(update_manifest(model).tensors)
     if spec.releases_exact_metrics:
         tensors[f"{METRICS_PREFIX}train/loss"] = _scalar()
         tensors[f"{METRICS_PREFIX}train/examples"] = _scalar()
-        if evaluates_in_round(spec, number):
-            tensors.update(_measures(spec, f"{METRICS_PREFIX}holdout/"))
+    if evaluates_in_round(spec, number):
+        tensors.update(_released_measures(spec))
     return Manifest(tensors=tensors)
 
 
@@ -142,6 +153,8 @@ class TaskOffer(Response):
     model_manifest: Manifest
     upload_manifest: Manifest
     statistics: FeatureStatistics | None
+    plan: PrivacyPlan | None
+    """How the job's privacy section is met at this dataset; None: the job claims none."""
 
 
 class TaskView(Response):

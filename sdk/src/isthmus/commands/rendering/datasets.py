@@ -1,13 +1,16 @@
 """Datasets, their policies and their ledgers."""
 
+from collections.abc import Sequence
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from isthmus.commands.rendering.text import fields, printable, table
+from isthmus.commands.rendering.text import Cell, fields, printable, table
 from isthmus.wire.data import ColumnSchema
-from isthmus.wire.datasets import DatasetView
-from isthmus.wire.ledger import LedgerEntryView
+from isthmus.wire.datasets import Budget, DatasetView
+from isthmus.wire.ledger import BudgetView, LedgerEntryView
+from isthmus.wire.privacy import PrivacyMode
 
 MANY_COLUMNS = 60
 
@@ -46,7 +49,8 @@ def dataset_text(view: DatasetView) -> Group:
             ("id", str(view.id)),
         ]
     )
-    return Group(head, listed, *more, policy_text(view))
+    budget = [budget_text(view.budget)] if view.budget is not None else []
+    return Group(head, listed, *more, policy_text(view), *budget)
 
 
 def _kind(column: ColumnSchema) -> str:
@@ -63,8 +67,11 @@ def policy_text(view: DatasetView) -> Group:
             ("purposes", ", ".join(policy.purposes) or "none: no job passes"),
             ("principals", ", ".join(policy.principals) if policy.principals is not None else "any researcher"),
             ("model kinds", ", ".join(policy.model_kinds)),
-            ("min noise multiplier", policy.min_noise_multiplier),
-            ("max clip norm", policy.max_clip_norm),
+            ("privacy modes", modes_text(policy.modes)),
+            ("budget", _budget(policy.budget)),
+            ("max epsilon of a job", policy.max_epsilon or "as far as the budget reaches"),
+            ("max delta of a job", policy.max_delta),
+            ("max clip norm", policy.max_clip_norm or "any (jobs without privacy)"),
             ("min cohort", policy.min_cohort),
             ("max rounds", policy.max_rounds),
             ("exact metrics", policy.allow_exact_metrics),
@@ -75,10 +82,53 @@ def policy_text(view: DatasetView) -> Group:
     return Group(Text(printable(f"Policy of {view.organization}/{view.name}"), style="bold"), clauses)
 
 
-def ledger_table(views: list[LedgerEntryView]) -> Table:
-    """What was released."""
+def modes_text(modes: Sequence[PrivacyMode]) -> Text:
+    """Privacy modes that are allowed; `none` stands out."""
+    if not modes:
+        return Text("none at all: no job passes")
+    shown = Text()
+    for mode in modes:
+        shown.append(", " if shown else "")
+        shown.append(
+            "no privacy" if mode is PrivacyMode.NONE else mode.value, "red" if mode is PrivacyMode.NONE else ""
+        )
+    return shown
+
+
+def _budget(budget: Budget | None) -> str:
+    if budget is None:
+        return "none: no job with a privacy unit passes"
+    return f"epsilon {budget.epsilon:g} at delta {budget.delta:g}, over all jobs"
+
+
+def budget_text(budget: BudgetView | None) -> Group | Text:
+    """Where a budget stands."""
+    if budget is None:
+        return Text("The dataset has no privacy budget.", style="yellow")
+    pairs: list[tuple[str, Cell]] = [
+        ("budget", f"epsilon {budget.epsilon:g} at delta {budget.delta:g}"),
+        ("spent", f"epsilon {budget.spent_epsilon:.4g}"),
+        ("spent and promised", f"epsilon {budget.reserved_epsilon:.4g}"),
+    ]
+    parts: list[Table | Text] = [fields(pairs)]
+    if budget.closed:
+        parts.append(Text("Closed: the budget was lowered below what was promised; nothing more passes.", style="red"))
+    if budget.unaccounted_releases:
+        text = f"{budget.unaccounted_releases} releases of jobs without privacy: nothing bounds what they tell."
+        parts.append(Text(text, style="red"))
+    return Group(*parts)
+
+
+def ledger_text(view: DatasetView, entries: Sequence[LedgerEntryView]) -> Group:
+    """A dataset's budget, and everything that it was reserved and spent for."""
+    head = Text(printable(f"Ledger of {view.organization}/{view.name}"), style="bold")
+    return Group(head, budget_text(view.budget), ledger_table(entries))
+
+
+def ledger_table(views: Sequence[LedgerEntryView]) -> Table:
+    """The entries of a ledger, with epsilon as it stood after each."""
     return table(
-        ["#", "AT", "KIND", "RELEASE", "ROUND", "CLIP NORM", "NOISE", "ELEMENTS", "DIGEST", "JOB"],
+        ["#", "AT", "KIND", "RELEASE", "ROUND", "MODE", "SPENT", "SPENT AND PROMISED", "DIGEST", "JOB"],
         [
             (
                 view.sequence,
@@ -86,10 +136,10 @@ def ledger_table(views: list[LedgerEntryView]) -> Table:
                 view.kind,
                 view.release,
                 view.round_number,
-                view.clip_norm,
-                view.noise_multiplier,
-                view.elements,
-                view.digest[:12],
+                Text(view.mode, style="red" if view.mode == PrivacyMode.NONE else ""),
+                f"{view.spent_epsilon:.4g}",
+                f"{view.reserved_epsilon:.4g}",
+                view.digest and view.digest[:12],
                 str(view.job_id),
             )
             for view in views

@@ -1,0 +1,299 @@
+"""From a job's privacy section to the mechanisms at one dataset, what each release of them costs, and what is claimed.
+
+The service plans when a dataset is asked and charges by the same functions; the worker computes every cost again. Both
+get the same whole numbers, because everything below is the standard library's arithmetic on public values.
+
+Everything that leaves is a release of one round: statistics (round 0), an update with what was measured beside it
+(rounds 1 to R), an evaluation (round R + 1). Results that stay at the site are no release and cost nothing.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Final
+
+from isthmus.privacy.calibration import smallest_noise_multiplier
+from isthmus.privacy.cost import Cost, Limit
+from isthmus.privacy.events import Event, GaussianRelease, PoissonGaussianRelease, Repeated, Together
+from isthmus.wire.base import digest_of
+from isthmus.wire.jobs import EvaluationRelease, JobSpec
+from isthmus.wire.privacy import NoisePlace, PrivacyPlan, PrivacyUnit
+from isthmus.wire.rounds import TaskKind, evaluates_in_round, kind_of_round
+
+SHARE: Final = 0.1
+"""Of a job's target, for its statistics and for its noised evaluations, each if it has them."""
+EVALUATION_COUNTS: Final = 2
+"""Numbers in a noised evaluation: held-out records, and right answers among them."""
+
+
+LARGEST_STEPS: Final = 10_000_000
+
+
+class PlanImpossible(ValueError):
+    """No noise reaches the job's target at this dataset. The message says what would."""
+
+
+def plan_of(spec: JobSpec, rows: int, elements: int) -> PrivacyPlan | None:
+    """What the job's privacy section becomes at a dataset.
+
+    Args:
+        spec: the job.
+        rows: the dataset's declared number of records: public, and frozen with the participation.
+        elements: parameters of the model that rounds average; they are noised each.
+
+    Returns:
+        The plan; None for a job without a privacy unit.
+
+    Raises:
+        PlanImpossible: no noise reaches the target.
+
+    Guarantees:
+        the job's whole cost by this plan has an epsilon of at most `spec.privacy.epsilon`, where that is given.
+
+    A search of some tenths of a second, cached over jobs that differ in nothing that counts: not for an event loop.
+    """
+    if spec.privacy.unit is PrivacyUnit.NONE:
+        return None
+    return _planned(digest_of(_essence(spec)), _Hidden(spec), rows, elements)
+
+
+def round_event(spec: JobSpec, plan: PrivacyPlan, number: int, *, ledger: bool = False) -> Event | None:
+    """What is released in round `number`, as one event; None if nothing of it is (results stay at the site).
+
+    Args:
+        ledger: as a dataset's ledger counts it. Ledgers are of records: they count what one record more or less may
+            change. Under `where: central` that is up to twice the clip, where the claim is of an organization that
+            takes part or not, which is once the clip. Elsewhere the two are the same.
+    """
+    kind = kind_of_round(number, spec.rounds)
+    parts: list[Event] = []
+    if kind is TaskKind.STATISTICS:
+        if plan.statistics_noise_multiplier is not None:
+            parts.append(GaussianRelease(plan.statistics_noise_multiplier))
+    elif kind is TaskKind.TRAIN:
+        parts.append(_training_event(plan, ledger=ledger))
+    measured = kind is TaskKind.EVALUATE or (kind is TaskKind.TRAIN and evaluates_in_round(spec, number))
+    if measured and plan.evaluation_noise_multiplier is not None:
+        parts.append(GaussianRelease(plan.evaluation_noise_multiplier))
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else Together(tuple(parts))
+
+
+def round_cost(spec: JobSpec, plan: PrivacyPlan, number: int, elements: int, *, ledger: bool = False) -> Cost:
+    """What the release of round `number` costs; zero if nothing is released. `ledger`: see `round_event`."""
+    event = round_event(spec, plan, number, ledger=ledger)
+    return Cost.zero() if event is None else Cost.of(event, _draws(spec, plan, number, elements))
+
+
+def grant_event(spec: JobSpec, plan: PrivacyPlan, rounds: int, *, ledger: bool = False) -> Event:
+    """Everything that a grant of `rounds` training rounds may release, with statistics and the final evaluation.
+
+    Where rounds differ and the grant is for fewer than the job has, the dearest are counted.
+    """
+    counted = [number for number, _ in _grouped(spec, plan, rounds)]
+    events = {number: round_event(spec, plan, number, ledger=ledger) for number in counted}
+    parts = [Repeated(event, times) for number, times in _grouped(spec, plan, rounds) if (event := events[number])]
+    return Together(tuple(parts))
+
+
+def grant_cost(spec: JobSpec, plan: PrivacyPlan, elements: int, rounds: int, *, ledger: bool = False) -> Cost:
+    """What a grant of `rounds` training rounds can cost at most: the sum of the costs of its rounds, to the unit."""
+    total = Cost.zero()
+    for number, times in _grouped(spec, plan, rounds):
+        total = total + round_cost(spec, plan, number, elements, ledger=ledger) * times
+    return total
+
+
+def costs_by_round(spec: JobSpec, plan: PrivacyPlan, elements: int) -> Iterator[tuple[int, Cost]]:
+    """(round, what everything up to and with that round costs), for every round of the job in order."""
+    total = Cost.zero()
+    last = spec.rounds + (1 if spec.evaluation.holdout > 0 else 0)
+    for number in range(0 if spec.measures_statistics else 1, last + 1):
+        total = total + round_cost(spec, plan, number, elements)
+        yield number, total
+
+
+def _grouped(spec: JobSpec, plan: PrivacyPlan, rounds: int) -> list[tuple[int, int]]:
+    """(a round's number, how many cost what it costs) of all that a grant of `rounds` training rounds may release."""
+    with_evaluation = _evaluated_rounds(spec) if plan.evaluation_noise_multiplier is not None else 0
+    dear = min(rounds, with_evaluation)
+    plain = rounds - dear
+    groups = [(0, 1)] if spec.measures_statistics else []
+    if dear:
+        groups.append((1, dear))
+    if plain:
+        groups.append((_plain_round(spec, with_evaluation), plain))
+    if spec.evaluation.holdout > 0:
+        groups.append((spec.rounds + 1, 1))
+    return groups
+
+
+def _evaluated_rounds(spec: JobSpec) -> int:
+    """How many training rounds also measure: 1, 1 + every, 1 + 2 every, ..."""
+    return -(-spec.rounds // spec.evaluation.every) if evaluates_in_round(spec, 1) else 0
+
+
+def _plain_round(spec: JobSpec, with_evaluation: int) -> int:
+    """A training round that costs what those without an evaluation cost."""
+    if with_evaluation == 0:
+        return 1
+    return 2 if spec.evaluation.every > 1 else 1  # rounds beyond the job's own cost as much as the dearest
+
+
+def _training_event(plan: PrivacyPlan, *, ledger: bool) -> Event:
+    if plan.unit is PrivacyUnit.RECORD:
+        step = PoissonGaussianRelease(plan.sampling_probability, plan.noise_multiplier)
+        return Repeated(step, plan.steps_per_round)
+    central = plan.where is NoisePlace.CENTRAL
+    return GaussianRelease(plan.noise_multiplier, sensitivity=2.0 if central and ledger else 1.0)
+
+
+def _draws(spec: JobSpec, plan: PrivacyPlan, number: int, elements: int) -> int:
+    kind = kind_of_round(number, spec.rounds)
+    if kind is TaskKind.STATISTICS:
+        return 3 * len(spec.data.numbers()) + 1
+    draws = elements * plan.steps_per_round if kind is TaskKind.TRAIN else 0
+    measured = kind is TaskKind.EVALUATE or evaluates_in_round(spec, number)
+    return draws + (EVALUATION_COUNTS if measured and plan.evaluation_noise_multiplier is not None else 0)
+
+
+def training_rows(spec: JobSpec, rows: int) -> int:
+    """Records that are trained on, as everybody may know it: the declared rows without the held-out share."""
+    return max(1, round(rows * (1.0 - spec.evaluation.holdout)))
+
+
+def _shape_of_steps(spec: JobSpec, rows: int) -> tuple[float, float, int]:
+    """Sampling probability, expected batch and steps a round of DP-SGD over `rows` declared records."""
+    trained = training_rows(spec, rows)
+    size = trained if spec.training.batch_size == "all" else min(trained, spec.training.batch_size)
+    steps = spec.training.epochs * max(1, round(trained / size))
+    return size / trained, float(size), steps
+
+
+class _Hidden:
+    """A job spec that a cache carries along but does not compare: the digest beside it stands for what counts."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec = spec
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hidden)
+
+
+def _essence(spec: JobSpec) -> dict[str, object]:
+    """What a plan depends on."""
+    return {
+        "privacy": spec.privacy.model_dump(mode="json"),
+        "rounds": spec.rounds,
+        "batch": spec.training.batch_size,
+        "epochs": spec.training.epochs,
+        "evaluation": spec.evaluation.model_dump(mode="json"),
+        "release": spec.evaluation_release.value,
+        "numbers": len(spec.data.numbers()) if spec.measures_statistics else 0,
+    }
+
+
+@lru_cache(maxsize=4096)
+def _planned(_digest: str, hidden: _Hidden, rows: int, elements: int) -> PrivacyPlan:
+    spec = hidden.spec
+    privacy, record = spec.privacy, spec.privacy.unit is PrivacyUnit.RECORD
+    assert privacy.clip_norm is not None, "checked by the spec"
+    probability, batch, steps = _shape_of_steps(spec, rows) if record else (1.0, 0.0, 1)
+    limit = None if privacy.epsilon is None else Limit.of(privacy.epsilon, privacy.claimed_delta)
+    noised = spec.evaluation_release is EvaluationRelease.NOISED and spec.evaluation.holdout > 0
+
+    def with_noise(training: float) -> PrivacyPlan:
+        return PrivacyPlan(
+            unit=privacy.unit,
+            where=privacy.where,
+            epsilon=0.0,
+            delta=privacy.claimed_delta,
+            clip_norm=privacy.clip_norm or 0.0,
+            noise_multiplier=training,
+            sampling_probability=probability,
+            expected_batch=batch,
+            steps_per_round=steps,
+            statistics_noise_multiplier=statistics,
+            evaluation_noise_multiplier=evaluation,
+        )
+
+    def whole(training: float) -> Cost:
+        return grant_cost(spec, with_noise(training), elements, spec.rounds)
+
+    statistics = _given_or_share(privacy.statistics_noise_multiplier, 1, limit) if spec.measures_statistics else None
+    evaluation = (
+        _given_or_share(spec.evaluation.noise_multiplier, _evaluated_rounds(spec) + 1, limit) if noised else None
+    )
+    chosen = privacy.noise_multiplier
+    if chosen is None:
+        assert limit is not None, "the spec has either"
+        try:
+            chosen = smallest_noise_multiplier(whole, limit)
+        except ValueError:
+            raise PlanImpossible(
+                f"no noise reaches epsilon {privacy.epsilon:g} at delta {privacy.claimed_delta:g} with "
+                f"{spec.rounds} rounds of {steps} steps over {elements} parameters: raise epsilon or delta, or train "
+                "for fewer rounds or epochs"
+            ) from None
+    plan = with_noise(chosen)
+    return plan.model_copy(update={"epsilon": whole(chosen).epsilon(plan.delta)})
+
+
+def _given_or_share(given: float | None, times: int, limit: Limit | None) -> float:
+    """The noise of `times` plain releases that together take their share of the target, unless it is given."""
+    if given is not None:
+        return given
+    assert limit is not None, "the spec has either"
+    alone = smallest_noise_multiplier(lambda noise: Cost.of(GaussianRelease(noise), 0), limit)
+    noise: float = alone * (times / SHARE) ** 0.5  # RDP goes with the inverse square
+    return round(noise + 5e-5, 4)
+
+
+def plan_contradictions(  # noqa: PLR0912 - one line a contradiction
+    spec: JobSpec, plan: PrivacyPlan | None, elements: int
+) -> list[str]:
+    """Why `plan` is not one that keeps the promise of `spec`, one sentence each; empty if it is.
+
+    The worker's question. How the service came to the plan does not matter: what matters is that its noise, by our own
+    arithmetic, keeps what the job promises.
+    """
+    privacy = spec.privacy
+    if privacy.unit is PrivacyUnit.NONE:
+        return [] if plan is None else ["The job claims no privacy, but the task has a privacy plan."]
+    if plan is None:
+        return ["The job has a privacy unit, but the task has no privacy plan."]
+    found = []
+    agreed = (plan.unit, plan.where, plan.clip_norm, plan.delta)
+    if agreed != (privacy.unit, privacy.where, privacy.clip_norm, privacy.claimed_delta):
+        found.append("The task's privacy plan has another unit, place, clip_norm or delta than the job.")
+    if not (0.0 < plan.sampling_probability <= 1.0 and 1 <= plan.steps_per_round <= LARGEST_STEPS):
+        return [*found, "The task's privacy plan has no possible sampling probability or number of steps."]
+    if not all(noise is None or 0.0 < noise < 1e9 for noise in _multipliers(plan)):
+        return [*found, "The task's privacy plan has no possible noise."]
+    if plan.unit is PrivacyUnit.RECORD and not 0.0 < plan.expected_batch < 1e12:
+        found.append("The task's privacy plan has no possible batch.")
+    if plan.unit is not PrivacyUnit.RECORD and (plan.sampling_probability, plan.steps_per_round) != (1.0, 1):
+        found.append("The task's privacy plan samples records, and the job's unit is the organization.")
+    noised = spec.evaluation_release is EvaluationRelease.NOISED and spec.evaluation.holdout > 0
+    if (plan.statistics_noise_multiplier is None) == (spec.measures_statistics and plan.unit is PrivacyUnit.RECORD):
+        found.append("The task's privacy plan has noise for statistics where there are none, or none where there are.")
+    if (plan.evaluation_noise_multiplier is None) == noised:
+        found.append("The task's privacy plan has noise for evaluations where there are none, or none where there are.")
+    if found:
+        return found
+    promised = privacy.noise_multiplier
+    if promised is not None and plan.noise_multiplier < promised:
+        found.append(f"The task's noise multiplier is {plan.noise_multiplier:g}; the job's is {promised:g}.")
+    epsilon = grant_cost(spec, plan, elements, spec.rounds).epsilon(plan.delta)
+    if privacy.epsilon is not None and epsilon > privacy.epsilon:
+        found.append(f"By the task's plan the job costs epsilon {epsilon:.4g}; it promises {privacy.epsilon:g}.")
+    if epsilon > plan.epsilon * (1 + 1e-9):
+        found.append(f"By the task's plan the job costs epsilon {epsilon:.4g}, not {plan.epsilon:.4g} as it says.")
+    return found
+
+
+def _multipliers(plan: PrivacyPlan) -> tuple[float | None, ...]:
+    return plan.noise_multiplier, plan.statistics_noise_multiplier, plan.evaluation_noise_multiplier
