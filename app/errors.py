@@ -174,6 +174,36 @@ class GrantRefusedByPolicy(PlatformError):
     code = ProblemCode.GRANT_REFUSED_BY_POLICY
 
 
+class PrivacyImpossible(PlatformError):
+    """No noise reaches what the job promises."""
+
+    code = ProblemCode.PRIVACY_IMPOSSIBLE
+
+
+class BudgetExhausted(PlatformError):
+    """More would be promised or released than all jobs together may learn."""
+
+    code = ProblemCode.BUDGET_EXHAUSTED
+
+
+class PolicyLoosened(PlatformError):
+    """A steward's policy that would allow more than the worker's own."""
+
+    code = ProblemCode.POLICY_LOOSENED
+
+
+class PolicySignatureInvalid(PlatformError):
+    """A policy that the dataset's worker did not sign, or not last."""
+
+    code = ProblemCode.POLICY_SIGNATURE_INVALID
+
+
+class LedgerTampered(PlatformError):
+    """A ledger's entries are not those that were written."""
+
+    code = ProblemCode.LEDGER_TAMPERED
+
+
 class DatasetServedElsewhere(PlatformError):
     """One dataset, one worker."""
 

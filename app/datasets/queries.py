@@ -1,17 +1,19 @@
 """Reading datasets, as far as the caller may see them."""
 
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Select, false, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.datasets.budgets import budget_view
 from app.dependencies import Caller
 from app.errors import NotFound
-from app.models import Dataset, Organization, Worker
+from app.models import Dataset, Ledger, Organization, Worker
 from app.pagination import Paging, paginate
 from isthmus.wire.base import Page
 from isthmus.wire.data import DatasetSchema
-from isthmus.wire.datasets import DatasetState, DatasetView, UsePolicy
+from isthmus.wire.datasets import ANY, DatasetState, DatasetView, UsePolicy
 from isthmus.wire.organizations import Role
 
 
@@ -26,12 +28,13 @@ def visible_to(caller: Caller) -> ColumnElement[bool]:
     return false()
 
 
-def view_of(dataset: Dataset, organization: str, worker: str, *, caller: Caller) -> DatasetView:
-    """A dataset as answered. A researcher is told whether the policy lists him or her, but not who else is listed."""
-    policy = UsePolicy.model_validate(dataset.policy)
-    if caller.role is Role.RESEARCHER and policy.principals is not None:
-        own = tuple(name for name in policy.principals if name == caller.name)
-        policy = policy.model_copy(update={"principals": own})
+def view_of(dataset: Dataset, organization: str, worker: str, ledger: Ledger, *, caller: Caller) -> DatasetView:
+    """A dataset as answered.
+
+    A researcher is told whether the policy lists him or her, but not who else is listed; neither the lineage, by which
+    one could see that two datasets hold the same records, nor what became of the budget.
+    """
+    outsider = caller.role is Role.RESEARCHER
     return DatasetView(
         id=dataset.id,
         organization_id=dataset.organization_id,
@@ -44,17 +47,29 @@ def view_of(dataset: Dataset, organization: str, worker: str, *, caller: Caller)
         rows=dataset.rows,
         task_kinds=dataset.task_kinds,
         description=dataset.description,
-        policy=policy,
+        policy=_policy_for(dataset.policy, caller),
+        announced_policy=_policy_for(dataset.announced_policy, caller),
+        lineage="" if outsider else dataset.lineage,
+        budget=None if outsider else budget_view(ledger),
         announced_at=dataset.announced_at,
         confirmed_at=dataset.confirmed_at,
     )
 
 
-def _with_names() -> Select[Dataset, str, str]:
+def _policy_for(stored: dict[str, Any], caller: Caller) -> UsePolicy:
+    policy = UsePolicy.model_validate(stored)
+    if caller.role is not Role.RESEARCHER or policy.principals is None:
+        return policy
+    own = tuple(name for name in policy.principals if name in (caller.name, ANY))
+    return policy.model_copy(update={"principals": own})
+
+
+def _with_names() -> Select[Dataset, str, str, Ledger]:
     return (
-        select(Dataset, Organization.name, Worker.name)
+        select(Dataset, Organization.name, Worker.name, Ledger)
         .join(Organization, Organization.id == Dataset.organization_id)
         .join(Worker, Worker.id == Dataset.worker_id)
+        .join(Ledger, Ledger.id == Dataset.ledger_id)
     )
 
 
@@ -93,11 +108,11 @@ async def get_view(session: AsyncSession, dataset_id: UUID, *, caller: Caller) -
     row = (await session.execute(_with_names().where(Dataset.id == dataset_id, visible_to(caller)))).one_or_none()
     if row is None:
         raise NotFound("dataset", dataset_id)
-    return view_of(row[0], row[1], row[2], caller=caller)
+    return view_of(*row, caller=caller)
 
 
 async def page_datasets(session: AsyncSession, paging: Paging, *, caller: Caller) -> Page[DatasetView]:
     """One page of the datasets that the caller may see, the oldest first."""
     rows, cursor = await paginate(session, _with_names().where(visible_to(caller)), Dataset.id, UUID, paging)
-    views = [view_of(row[0], row[1], row[2], caller=caller) for row in rows]
+    views = [view_of(*row, caller=caller) for row in rows]
     return Page[DatasetView](items=views, next_cursor=cursor)

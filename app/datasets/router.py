@@ -30,6 +30,10 @@ Announcement = Annotated[
                     },
                     "rows": 303,
                     "description": "Angiography patients, 1981 to 1984",
+                    "policy": {"purposes": ["heart disease research"], "budget": {"epsilon": 10.0, "delta": 1e-5}},
+                    "lineage": "6c1f0b2ad6c0f9d5a0f6f1a5a2b4d7c3e8f9a0b1c2d3e4f5061728394a5b6c7d",
+                    "signed_at": "2026-01-31T12:00:00Z",
+                    "signature": "00" * 64,
                 }
             }
         }
@@ -39,8 +43,13 @@ Policy = Annotated[
     UsePolicy,
     Body(
         openapi_examples={
-            "one purpose, always noised": {
-                "value": {"purposes": ["heart disease research"], "min_noise_multiplier": 0.5, "max_clip_norm": 1.0}
+            "one purpose, records hidden, at most epsilon 3 a job": {
+                "value": {
+                    "purposes": ["heart disease research"],
+                    "modes": ["record"],
+                    "budget": {"epsilon": 10.0, "delta": 1e-5},
+                    "max_epsilon": 3.0,
+                }
             },
             "closed": {"value": {}},
         }
@@ -48,9 +57,17 @@ Policy = Annotated[
 ]
 
 
-@router.put("/{name}", summary="Announce a dataset", responses=refuses(ProblemCode.DATASET_SERVED_ELSEWHERE))
+@router.put(
+    "/{name}",
+    summary="Announce a dataset",
+    responses=refuses(ProblemCode.DATASET_SERVED_ELSEWHERE, ProblemCode.POLICY_SIGNATURE_INVALID),
+)
 async def announce_dataset(name: Name, body: Announcement, caller: Agent, session: Transaction) -> DatasetView:
-    """Say which columns and how many rows this worker can read under a name; repeating the call is safe."""
+    """Say which columns and how many rows this worker can read under a name, and what for; repeating it is safe.
+
+    Policy and lineage are signed by the worker's own key. A policy that allows more than the last one waits for the
+    steward, one that allows less is in force at once, and one that was signed before the last one is refused.
+    """
     return await service.announce_dataset(session, name, body, caller=caller)
 
 
@@ -66,7 +83,11 @@ async def get_dataset(dataset_id: UUID, caller: DatasetReader, session: Transact
     return await queries.get_view(session, dataset_id, caller=caller)
 
 
-@router.post("/{dataset_id}/confirm", summary="Confirm a dataset", responses=refuses(ProblemCode.NOT_FOUND))
+@router.post(
+    "/{dataset_id}/confirm",
+    summary="Confirm a dataset",
+    responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.STATE_CONFLICT),
+)
 async def confirm_dataset(dataset_id: UUID, caller: DatasetWriter, session: Transaction) -> DatasetView:
     """Let a dataset of one's own organization take part in jobs, as far as its policy goes."""
     return await service.confirm_dataset(session, dataset_id, caller=caller)
@@ -78,7 +99,14 @@ async def retire_dataset(dataset_id: UUID, caller: DatasetWriter, session: Trans
     return await service.retire_dataset(session, dataset_id, caller=caller)
 
 
-@router.put("/{dataset_id}/policy", summary="Set a use policy", responses=refuses(ProblemCode.NOT_FOUND))
+@router.put(
+    "/{dataset_id}/policy",
+    summary="Tighten the use policy",
+    responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.POLICY_LOOSENED),
+)
 async def set_policy(dataset_id: UUID, body: Policy, caller: DatasetWriter, session: Transaction) -> DatasetView:
-    """Say what a dataset of one's own organization may be used for; this replaces the former policy."""
+    """Say what of its worker's own policy holds for a dataset; this replaces what was said before.
+
+    No clause may allow more than `announced_policy` does. Whether jobs are granted by rule is decided here alone.
+    """
     return await service.set_policy(session, dataset_id, body, caller=caller)

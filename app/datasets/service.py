@@ -4,65 +4,54 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import exists, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit.service import append, organization_stream
 from app.database import clock
 from app.datasets import queries
+from app.datasets.announcements import require_newer, require_signature
+from app.datasets.budgets import open_ledger, settle_budget
 from app.dependencies import Caller
-from app.errors import DatasetServedElsewhere, Forbidden
-from app.models import Dataset, Worker
+from app.errors import DatasetServedElsewhere, Forbidden, PolicyLoosened, StateConflict
+from app.federation.lifecycle import ENDED_JOBS
+from app.models import Dataset, Job, Ledger, Participation, Worker
 from isthmus.wire.base import digest_of
 from isthmus.wire.data import ColumnSchema, DatasetSchema
-from isthmus.wire.datasets import AnnounceDataset, DatasetState, DatasetView, UsePolicy
+from isthmus.wire.datasets import AnnounceDataset, DatasetState, DatasetView, UsePolicy, loosened, strictest
 from isthmus.wire.events import EventKind
+from isthmus.wire.jobs import ParticipationState
 
 
 async def announce_dataset(session: AsyncSession, name: str, body: AnnounceDataset, *, caller: Caller) -> DatasetView:
-    """Say what a worker can read. A new dataset is closed: no policy opens it, and no steward has confirmed it yet.
+    """Say what a worker can read, and for what, under its signature. No steward has confirmed a new dataset yet.
 
-    Announced again by its worker, it takes the new description and number of rows and stays confirmed; other columns,
-    or another worker (which needs the former one to be revoked), are for the steward to confirm anew. A retired
-    dataset stays retired. Announcing what is known already changes nothing.
+    Announced again by its worker, it takes the new description and number of rows and stays confirmed. Other columns,
+    another lineage, a policy that allows more than the last one, or another worker (which needs the former one to be
+    revoked), are for the steward to confirm anew; a policy that allows less is in force at once. A retired dataset
+    stays retired. Announcing what is known already changes nothing.
 
     Raises:
+        PolicySignatureInvalid: policy and lineage are not signed by the worker for this dataset, or not last.
         DatasetServedElsewhere: another worker of the organization, not revoked, serves the dataset.
     """
     worker_id, organization_id, organization = _worker(caller)
+    worker = (await session.scalars(select(Worker).where(Worker.id == worker_id))).one()
     now = await clock(session)
+    require_signature(body, organization=organization, dataset=name, public_key=worker.public_key, now=now)
     dataset = await queries.find_dataset(session, organization_id, name)
-    told = {
-        "data_schema": body.data_schema.model_dump(mode="json"),
-        "rows": body.rows,
-        "task_kinds": [kind.value for kind in body.task_kinds],
-        "description": body.description,
-    }
     if dataset is None:
-        created = await session.scalars(
-            insert(Dataset)
-            .values(
-                organization_id=organization_id,
-                name=name,
-                worker_id=worker_id,
-                policy=UsePolicy().model_dump(mode="json"),
-                announced_at=now,
-                **told,
-            )
-            .on_conflict_do_nothing(index_elements=[Dataset.organization_id, Dataset.name])
-            .returning(Dataset)
-        )
-        dataset = created.one_or_none()
+        dataset = await _create(session, name, body, organization_id=organization_id, worker_id=worker_id, now=now)
         if dataset is not None:
             await _announced(session, dataset, at=now, actor=caller.name)
         else:  # another worker was faster by a moment
             dataset = await queries.find_dataset(session, organization_id, name)
             assert dataset is not None, "datasets are never deleted"
-    if await _change(session, dataset, told, worker_id=worker_id, now=now):
+    if await _change(session, dataset, body, worker_id=worker_id, now=now):
         await _announced(session, dataset, at=now, actor=caller.name)
-    name_of_worker = (await session.scalars(select(Worker.name).where(Worker.id == worker_id))).one()
-    return queries.view_of(dataset, organization, name_of_worker, caller=caller)
+    ledger = await _settle(session, dataset.ledger_id, at=now, actor=caller.name)
+    return queries.view_of(dataset, organization, worker.name, ledger, caller=caller)
 
 
 def _worker(caller: Caller) -> tuple[UUID, UUID, str]:
@@ -72,10 +61,53 @@ def _worker(caller: Caller) -> tuple[UUID, UUID, str]:
     return caller.worker_id, caller.organization_id, caller.organization
 
 
+def _told(body: AnnounceDataset) -> dict[str, Any]:
+    """What is taken over as it is."""
+    return {
+        "data_schema": body.data_schema.model_dump(mode="json"),
+        "rows": body.rows,
+        "task_kinds": [kind.value for kind in body.task_kinds],
+        "description": body.description,
+        "lineage": body.lineage,
+    }
+
+
+async def _create(
+    session: AsyncSession, name: str, body: AnnounceDataset, *, organization_id: UUID, worker_id: UUID, now: datetime
+) -> Dataset | None:
+    """A new dataset; None if there is one of that name. It draws on the ledger of its lineage, new or not."""
+    created = await session.scalars(
+        insert(Dataset)
+        .values(
+            organization_id=organization_id,
+            name=name,
+            worker_id=worker_id,
+            policy=_in_force(body.policy, None).model_dump(mode="json"),
+            announced_policy=body.policy.model_dump(mode="json"),
+            policy_signature=body.signature,
+            signed_at=body.signed_at,
+            ledger_id=await open_ledger(session, organization_id, body.lineage),
+            announced_at=now,
+            **_told(body),
+        )
+        .on_conflict_do_nothing(index_elements=[Dataset.organization_id, Dataset.name])
+        .returning(Dataset)
+    )
+    return created.one_or_none()
+
+
+def _in_force(announced: UsePolicy, dataset: Dataset | None) -> UsePolicy:
+    """The worker's policy, as far as a steward has tightened it. Whether jobs are granted by rule is the steward's."""
+    former = UsePolicy() if dataset is None else UsePolicy.model_validate(dataset.policy)
+    if dataset is None or dataset.policy_set_by is None:
+        former = announced.model_copy(update={"automatic_approval": former.automatic_approval})
+    return strictest(announced, former)
+
+
 async def _change(
-    session: AsyncSession, dataset: Dataset, told: dict[str, Any], *, worker_id: UUID, now: datetime
+    session: AsyncSession, dataset: Dataset, body: AnnounceDataset, *, worker_id: UUID, now: datetime
 ) -> bool:
-    """Bring the row up to what the worker told; whether that changed anything."""
+    """Bring the row up to what the worker told; whether that changed anything but the signature."""
     moved = dataset.worker_id != worker_id
     if moved:
         serving = (await session.scalars(select(Worker).where(Worker.id == dataset.worker_id))).one()
@@ -84,14 +116,22 @@ async def _change(
                 f"Worker {serving.name!r} of your organization serves dataset {dataset.name!r}. Have it revoked, or "
                 "announce under another name."
             )
-    changed = {field: value for field, value in told.items() if getattr(dataset, field) != value}
-    if not changed and not moved:
+    else:  # another worker's clock is its own
+        require_newer(body, signed_at=dataset.signed_at, signature=dataset.policy_signature)
+    dataset.policy_signature, dataset.signed_at = body.signature, body.signed_at
+    announced = UsePolicy.model_validate(dataset.announced_policy)
+    changed = {field: value for field, value in _told(body).items() if getattr(dataset, field) != value}
+    if not changed and not moved and announced == body.policy:
         return False
     reshaped = "data_schema" in changed and _columns(changed["data_schema"]) != _columns(dataset.data_schema)
     for field, value in changed.items():
         setattr(dataset, field, value)
+    if announced != body.policy:
+        dataset.policy = _in_force(body.policy, dataset).model_dump(mode="json")
+        dataset.announced_policy = body.policy.model_dump(mode="json")
     dataset.worker_id, dataset.announced_at = worker_id, now
-    if (moved or reshaped) and dataset.state is DatasetState.CONFIRMED:
+    for_the_steward = moved or reshaped or "lineage" in changed or loosened(announced, body.policy)
+    if for_the_steward and dataset.state is DatasetState.CONFIRMED:
         dataset.state, dataset.confirmed_at = DatasetState.ANNOUNCED, None
     await session.flush()
     return True
@@ -100,6 +140,28 @@ async def _change(
 def _columns(schema: dict[str, Any]) -> dict[str, ColumnSchema]:
     """The columns by name: their order means nothing, nor do keys that a schema was stored without, long ago."""
     return {column.name: column for column in DatasetSchema.model_validate(schema).columns}
+
+
+async def _settle(session: AsyncSession, ledger_id: UUID, *, at: datetime, actor: str) -> Ledger:
+    """Give a ledger the budget of the policies in force, and tell of it if that is another one; the ledger."""
+    stands = select(Ledger).where(Ledger.id == ledger_id).execution_options(populate_existing=True)
+    ledger = (await session.scalars(stands)).one()
+    before = (ledger.epsilon, ledger.delta, ledger.limit_nano, ledger.closed)
+    await settle_budget(session, ledger_id)
+    ledger = (await session.scalars(stands)).one()
+    if before != (ledger.epsilon, ledger.delta, ledger.limit_nano, ledger.closed):
+        append(
+            session,
+            organization_stream(ledger.organization_id),
+            EventKind.DATASET_BUDGET_SET,
+            at=at,
+            actor=actor,
+            lineage=ledger.lineage,
+            epsilon=ledger.epsilon,
+            delta=ledger.delta,
+            closed=ledger.closed,
+        )
+    return ledger
 
 
 async def _announced(session: AsyncSession, dataset: Dataset, *, at: datetime, actor: str) -> None:
@@ -115,21 +177,63 @@ async def _announced(session: AsyncSession, dataset: Dataset, *, at: datetime, a
         state=dataset.state.value,
         rows=dataset.rows,
         schema_digest=digest_of(dataset.data_schema),
+        policy_digest=digest_of(UsePolicy.model_validate(dataset.announced_policy)),
+        lineage=dataset.lineage,
     )
 
 
 async def confirm_dataset(session: AsyncSession, dataset_id: UUID, *, caller: Caller) -> DatasetView:
     """Let a dataset take part in jobs, as far as its policy goes. A retired one comes back with its ledger.
 
+    With another lineage than it was confirmed with, it draws on another ledger from now on; the old one stays.
+
     Raises:
         NotFound: there is no such dataset, or it is another organization's.
+        StateConflict: it has another lineage now, and takes part in running jobs under the former one.
     """
     dataset = await queries.get_dataset(session, dataset_id, caller=caller, lock=True)
     if dataset.state is not DatasetState.CONFIRMED:
         now = await clock(session)
+        former = await _follow_lineage(session, dataset)
         dataset.state, dataset.confirmed_at = DatasetState.CONFIRMED, now
-        await _decided(session, dataset, EventKind.DATASET_CONFIRMED, at=now, caller=caller, rows=dataset.rows)
+        await _decided(
+            session,
+            dataset,
+            EventKind.DATASET_CONFIRMED,
+            at=now,
+            caller=caller,
+            rows=dataset.rows,
+            policy_digest=digest_of(UsePolicy.model_validate(dataset.policy)),
+            lineage=dataset.lineage,
+        )
+        for ledger_id in sorted({former, dataset.ledger_id}):
+            await _settle(session, ledger_id, at=now, actor=caller.name)
     return await queries.get_view(session, dataset_id, caller=caller)
+
+
+async def _follow_lineage(session: AsyncSession, dataset: Dataset) -> UUID:
+    """Have a dataset draw on the ledger of its lineage; the id of the one that it drew on before.
+
+    Nothing that was promised from one ledger may be spent from another: participations end before.
+    """
+    former = dataset.ledger_id
+    if (await session.scalars(select(Ledger.lineage).where(Ledger.id == former))).one() == dataset.lineage:
+        return former
+    taking_part = exists().where(
+        Participation.dataset_id == dataset.id,
+        Participation.job_id == Job.id,
+        or_(
+            Participation.reserved_nano.is_not(None),
+            (Participation.state == ParticipationState.APPROVED) & Job.state.not_in(ENDED_JOBS),
+        ),
+    )
+    if await session.scalar(select(taking_part)):
+        raise StateConflict(
+            f"Dataset {dataset.name!r} has another lineage than it was confirmed with, and takes part in jobs under "
+            "the former one. Withdraw it from them, or wait until they are over; a moment later it can be confirmed."
+        )
+    dataset.ledger_id = await open_ledger(session, dataset.organization_id, dataset.lineage)
+    return former
 
 
 async def retire_dataset(session: AsyncSession, dataset_id: UUID, *, caller: Caller) -> DatasetView:
@@ -143,16 +247,23 @@ async def retire_dataset(session: AsyncSession, dataset_id: UUID, *, caller: Cal
         now = await clock(session)
         dataset.state, dataset.confirmed_at = DatasetState.RETIRED, None
         await _decided(session, dataset, EventKind.DATASET_RETIRED, at=now, caller=caller)
+        await _settle(session, dataset.ledger_id, at=now, actor=caller.name)
     return await queries.get_view(session, dataset_id, caller=caller)
 
 
 async def set_policy(session: AsyncSession, dataset_id: UUID, policy: UsePolicy, *, caller: Caller) -> DatasetView:
-    """Say what the dataset may be used for. Grants given under the former policy hold until they are withdrawn.
+    """Tighten what the worker's own policy allows. Grants given under the former policy hold until they are withdrawn.
 
     Raises:
         NotFound: there is no such dataset, or it is another organization's.
+        PolicyLoosened: some clause would allow more than the worker's own.
     """
     dataset = await queries.get_dataset(session, dataset_id, caller=caller, lock=True)
+    if looser := loosened(UsePolicy.model_validate(dataset.announced_policy), policy):
+        raise PolicyLoosened(
+            f"{' '.join(looser)} A policy is loosened in the configuration of the worker that serves the dataset, "
+            "which then announces it anew."
+        )
     former = UsePolicy.model_validate(dataset.policy)
     if policy != former:
         now = await clock(session)
@@ -167,6 +278,7 @@ async def set_policy(session: AsyncSession, dataset_id: UUID, policy: UsePolicy,
             policy_digest=digest_of(policy),
             former_policy_digest=digest_of(former),
         )
+        await _settle(session, dataset.ledger_id, at=now, actor=caller.name)
     return await queries.get_view(session, dataset_id, caller=caller)
 
 

@@ -33,7 +33,9 @@ class Dataset(Base):
     policy: Mapped[dict[str, Any]]  # in force: the announced one, as the steward has tightened it
     policy_set_by: Mapped[UUID | None] = mapped_column(ForeignKey("principals.id"))
     announced_policy: Mapped[dict[str, Any]]
-    policy_signature: Mapped[str]  # the worker's, over policy, lineage and time; empty: announced before they were signed
+    policy_signature: Mapped[
+        str
+    ]  # the worker's, over policy, lineage and time; empty: announced before they were signed
     signed_at: Mapped[datetime]
     lineage: Mapped[str]
     ledger_id: Mapped[UUID] = mapped_column(ForeignKey("ledgers.id"), index=True)

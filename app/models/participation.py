@@ -13,7 +13,10 @@ from isthmus.wire.jobs import ParticipationState
 
 
 class Participation(Base):
-    """Asked for when a job starts, decided by the dataset's steward or policy; approved while its grant holds."""
+    """Asked for when a job starts, decided by the dataset's steward or policy; approved while its grant holds.
+
+    What is reserved for it and not spent yet moves with the entries of its dataset's ledger, by their trigger.
+    """
 
     __tablename__ = "participations"
     __table_args__ = (
@@ -29,6 +32,6 @@ class Participation(Base):
     detail: Mapped[str | None]
     declared_rows: Mapped[int] = mapped_column(BigInteger)
     plan: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # None: the job claims no privacy
-    reserved_nano: Mapped[list[int] | None] = mapped_column(ARRAY(BigInteger))  # None: its ledger promises it nothing
+    reserved_nano: Mapped[list[int] | None] = mapped_column(ARRAY(BigInteger), deferred=True)  # None: nothing
     reserved_draws: Mapped[int] = mapped_column(BigInteger, default=0)
     created_at: Mapped[datetime]

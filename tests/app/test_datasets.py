@@ -1,12 +1,13 @@
 """Datasets: announced by their worker, decided on by their stewards, seen by those whom they concern."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from isthmus.client import Client, Refused
-from isthmus.wire.datasets import DatasetState, UsePolicy
+from isthmus.wire.datasets import AnnounceDataset, DatasetState, UsePolicy
 from isthmus.wire.organizations import OrganizationView
 from isthmus.wire.problems import ProblemCode
 from tests.running import Platform, announcement, missing_id, refused
@@ -18,6 +19,11 @@ class Clinic(NamedTuple):
     organization: OrganizationView
     steward: Client
     worker: Client
+    key: Ed25519PrivateKey
+
+    def announcement(self, dataset: str = "heart", **told: Any) -> AnnounceDataset:
+        """What its worker signs."""
+        return announcement(self.key, self.organization.name, dataset, **told)
 
 
 @pytest.fixture
@@ -28,14 +34,16 @@ def clinic(platform: Platform) -> Clinic:
 
 def found(platform: Platform) -> Clinic:
     organization = platform.organization()
-    return Clinic(organization, platform.steward(organization), platform.worker(organization))
+    worker = platform.worker(organization)
+    return Clinic(organization, platform.steward(organization), worker, platform.signing[worker][0])
 
 
 def test_a_new_dataset_is_closed_until_its_steward_opens_it(platform: Platform, clinic: Clinic) -> None:
-    announced = clinic.worker.datasets.announce("heart", announcement())
+    announced = clinic.worker.datasets.announce("heart", clinic.announcement(policy=UsePolicy()))
 
     assert announced.state is DatasetState.ANNOUNCED
-    assert announced.policy == UsePolicy()
+    assert announced.policy == announced.announced_policy == UsePolicy()
+    assert announced.budget is None
     assert announced.organization == clinic.organization.name
     assert announced.confirmed_at is None
     assert clinic.steward.datasets.get(announced.id) == announced
@@ -44,7 +52,7 @@ def test_a_new_dataset_is_closed_until_its_steward_opens_it(platform: Platform, 
 def test_announcing_what_is_known_changes_nothing(platform: Platform, clinic: Clinic) -> None:
     confirmed = platform.dataset(clinic.worker, confirmed_by=clinic.steward)
 
-    assert clinic.worker.datasets.announce("heart", announcement()) == confirmed
+    assert platform.announce(clinic.worker) == confirmed
     kinds = [event.kind.value for event in platform.admin.events.list(f"organization:{clinic.organization.id}")]
     assert kinds.count("dataset-announced") == 1
 
@@ -52,13 +60,13 @@ def test_announcing_what_is_known_changes_nothing(platform: Platform, clinic: Cl
 def test_more_rows_keep_a_dataset_confirmed_and_other_columns_do_not(platform: Platform, clinic: Clinic) -> None:
     confirmed = platform.dataset(clinic.worker, confirmed_by=clinic.steward)
 
-    grown = clinic.worker.datasets.announce("heart", announcement(rows=304))
+    grown = platform.announce(clinic.worker, rows=304)
     assert (grown.id, grown.rows, grown.state) == (confirmed.id, 304, DatasetState.CONFIRMED)
 
-    reordered = clinic.worker.datasets.announce("heart", announcement(304, columns=("chol", "age", "disease")))
+    reordered = platform.announce(clinic.worker, rows=304, columns=("chol", "age", "disease"))
     assert reordered.state is DatasetState.CONFIRMED
 
-    reshaped = clinic.worker.datasets.announce("heart", announcement(304, columns=("age", "disease")))
+    reshaped = platform.announce(clinic.worker, rows=304, columns=("age", "disease"))
     assert (reshaped.state, reshaped.confirmed_at) == (DatasetState.ANNOUNCED, None)
 
 
@@ -73,7 +81,7 @@ def test_a_dataset_stored_before_columns_had_shapes_stays_confirmed_when_it_is_a
     ((stored,),) = platform.execute("SELECT data_schema FROM datasets")
     assert all(column.keys() == {"name", "kind", "missing"} for column in stored["columns"])
 
-    again = clinic.worker.datasets.announce("heart", announcement())
+    again = platform.announce(clinic.worker)
 
     assert (again.state, again.confirmed_at) == (DatasetState.CONFIRMED, confirmed.confirmed_at)
 
@@ -83,7 +91,7 @@ def test_a_dataset_is_served_by_one_worker(platform: Platform, clinic: Clinic) -
     other = platform.worker(clinic.organization)
 
     with refused(ProblemCode.DATASET_SERVED_ELSEWHERE):
-        other.datasets.announce("heart", announcement())
+        platform.announce(other)
 
 
 def test_another_worker_takes_over_when_the_first_is_revoked_and_the_steward_confirms_anew(
@@ -94,12 +102,12 @@ def test_another_worker_takes_over_when_the_first_is_revoked_and_the_steward_con
     other = platform.worker(clinic.organization, "agent-2")
     clinic.steward.workers.revoke(before.worker_id)
 
-    after = other.datasets.announce("heart", announcement())
+    after = platform.announce(other)
 
     assert (after.id, after.worker, after.state) == (before.id, "agent-2", DatasetState.ANNOUNCED)
     assert after.policy.purposes == ("research",)
     with refused(ProblemCode.DATASET_SERVED_ELSEWHERE):
-        platform.worker(clinic.organization).datasets.announce("heart", announcement())
+        platform.announce(platform.worker(clinic.organization))
 
 
 def test_two_organizations_may_use_one_name(platform: Platform, clinic: Clinic) -> None:
@@ -113,7 +121,7 @@ def test_of_two_workers_that_announce_one_name_at_once_one_serves_it(platform: P
 
     def announce(worker: Client) -> str:
         try:
-            worker.datasets.announce("heart", announcement())
+            platform.announce(worker)
         except Refused as refusal:
             return str(refusal.code)
         return "served"
@@ -130,7 +138,7 @@ def test_a_retired_dataset_stays_so_until_its_steward_confirms_it(platform: Plat
 
     assert clinic.steward.datasets.retire(dataset.id).state is DatasetState.RETIRED
     assert clinic.steward.datasets.retire(dataset.id).state is DatasetState.RETIRED
-    assert clinic.worker.datasets.announce("heart", announcement(400)).state is DatasetState.RETIRED
+    assert platform.announce(clinic.worker, rows=400).state is DatasetState.RETIRED
     back = clinic.steward.datasets.confirm(dataset.id)
     assert (back.id, back.state, back.rows) == (dataset.id, DatasetState.CONFIRMED, 400)
 
@@ -195,14 +203,14 @@ def test_a_policy_is_kept_as_it_was_set(platform: Platform, clinic: Clinic) -> N
     policy = UsePolicy(
         purposes=("heart disease research",),
         principals=("ada",),
-        min_noise_multiplier=0.5,
+        max_epsilon=0.5,
         max_clip_norm=1e16,
         min_cohort=3,
     )
 
     assert clinic.steward.datasets.set_policy(dataset.id, policy).policy == policy
     assert clinic.steward.datasets.get(dataset.id).policy == policy
-    assert clinic.worker.datasets.announce("heart", announcement(400)).policy == policy
+    assert platform.announce(clinic.worker, rows=400).policy == policy
 
 
 def test_a_researcher_is_not_told_who_else_a_policy_lists(platform: Platform, clinic: Clinic) -> None:
@@ -218,7 +226,7 @@ def test_a_researcher_is_not_told_who_else_a_policy_lists(platform: Platform, cl
     "name", ["Heart", "a" * 64, ".heart", "heart%00", "he art", "%2e%2e", "01890a5d-ac96-774b-bcce-b302099a8057/"]
 )
 def test_a_name_that_does_not_fit_is_refused(platform: Platform, clinic: Clinic, name: str) -> None:
-    body = announcement().model_dump(mode="json")
+    body = clinic.announcement().model_dump(mode="json")
 
     answer = platform.http(clinic.worker).put(f"/v1/datasets/{name}", json=body)
 
@@ -246,7 +254,11 @@ def test_a_name_that_looks_like_an_id_is_not_taken_for_one(platform: Platform, c
         {"data_schema": {"columns": []}},
         {"data_schema": {"columns": [{"name": "a\x00", "kind": "number"}]}},
         {"data_schema": {"columns": [{"name": "a", "kind": "number"}] * 2}},
-        {"policy": {"purposes": ["mine"]}},
+        {"policy": {"anything": "goes"}},
+        {"lineage": "of good family"},
+        {"signature": "AB" * 64},
+        {"signed_at": "yesterday"},
+        {"signed_at": None},
         {"state": "confirmed"},
     ],
     ids=str,
@@ -256,7 +268,7 @@ def test_an_announcement_that_does_not_fit_is_refused(
 ) -> None:
     import json
 
-    body = json.dumps({**announcement().model_dump(mode="json"), **change})
+    body = json.dumps({**clinic.announcement().model_dump(mode="json"), **change})
     headers = {"Content-Type": "application/json"}
 
     answer = platform.http(clinic.worker).put("/v1/datasets/heart", content=body, headers=headers)

@@ -16,7 +16,7 @@ def busy(platform: Platform) -> str:
     organization = platform.organization()
     steward, worker = platform.steward(organization), platform.worker(organization)
     dataset = platform.dataset(worker, confirmed_by=steward)
-    steward.datasets.set_policy(dataset.id, UsePolicy(max_clip_norm=1e16, min_noise_multiplier=1e-7))
+    steward.datasets.set_policy(dataset.id, UsePolicy(max_clip_norm=1e16, max_epsilon=1e-7))
     steward.datasets.retire(dataset.id)
     steward.workers.revoke(dataset.worker_id)
     return f"organization:{organization.id}"
@@ -29,8 +29,10 @@ def test_what_happens_to_an_organization_is_one_chain_that_verifies(platform: Pl
         EventKind.ENROLLMENT_TOKEN_ISSUED,
         EventKind.WORKER_ENROLLED,
         EventKind.DATASET_ANNOUNCED,
+        EventKind.DATASET_BUDGET_SET,
         EventKind.DATASET_CONFIRMED,
         EventKind.DATASET_POLICY_SET,
+        EventKind.DATASET_BUDGET_SET,  # the policy takes it away
         EventKind.DATASET_RETIRED,
         EventKind.WORKER_REVOKED,
     ]
@@ -90,7 +92,7 @@ def test_events_are_read_on_from_a_number_and_in_pages(platform: Platform) -> No
     assert [*first.items, *second.items] == events
     assert second.next_cursor is None
     answer = platform.http(platform.admin).get("/v1/events", params={"stream": stream, "after": 5}).json()
-    assert [item["sequence"] for item in answer["items"]] == [6, 7]
+    assert [item["sequence"] for item in answer["items"]] == [6, 7, 8, 9]
 
 
 def test_stewards_read_the_chain_of_their_own_organization_only(platform: Platform) -> None:

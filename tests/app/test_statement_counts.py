@@ -6,7 +6,6 @@ Statements of the queue and of advisory locks go past SQLAlchemy and are not cou
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -64,10 +63,9 @@ def counted() -> Iterator[Statements]:
 def quiet(make_federation: Callable[..., Federation]) -> Federation:
     """Three sites on a service without a coordinator: nothing runs but what is asked for.
 
-    Every key was used before. That, and an upload's progress, is noted again after a while: never here, however slow
-    the machine.
+    Every key was used before. That is noted again after a while: never here, however slow the machine.
     """
-    federation = make_federation(coordinate=False, heartbeat=timedelta(hours=1), lease=timedelta(hours=2))
+    federation = make_federation(coordinate=False)
     for site in federation.sites:
         assert site.try_claim() is None
     federation.platform.execute("UPDATE api_keys SET last_used_at = clock_timestamp() + interval '1 hour'")

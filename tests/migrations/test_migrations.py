@@ -79,7 +79,7 @@ def test_the_schema_equals_the_models(migrated: Connection) -> None:
 def test_checks_and_partial_indexes_equal_the_models(migrated: Connection) -> None:
     """Alembic does not compare them, so both sides are written out by Postgres: ours in a schema of the models' own."""
     migrated.exec_driver_sql("CREATE SCHEMA of_models")
-    migrated.exec_driver_sql("SET LOCAL search_path = of_models")
+    migrated.exec_driver_sql("SET LOCAL search_path = of_models, public")  # functions are those of the migrations
     Base.metadata.create_all(migrated, checkfirst=False)
     migrated.exec_driver_sql("SET LOCAL search_path = pg_catalog")
     constraints = (
@@ -91,7 +91,7 @@ def test_checks_and_partial_indexes_equal_the_models(migrated: Connection) -> No
     for query in (constraints, indexes):
         models, migrations = (
             [
-                tuple(str(part).replace(f"{schema}.", "") for part in row)
+                tuple(str(part).replace("of_models.", "").replace("public.", "") for part in row)
                 for row in migrated.exec_driver_sql(query.format(schema=schema))
                 if "procrastinate_" not in str(row) and "alembic_version" not in str(row)
             ]

@@ -394,11 +394,6 @@ def test_lists_are_tables_or_one_array(isthmus: Terminal, service: FakeService, 
     assert isinstance(isthmus(noun, "list", "--json").json(), list)
 
 
-def test_a_ledger_is_listed(isthmus: Terminal, service: FakeService) -> None:
-    service.answer("GET", "/v1/datasets/*/ledger", [])
-    assert isthmus("dataset", "ledger", str(sample_id(4)), "--json").json() == []
-
-
 # --- Jobs ------------------------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ def test_a_stream_takes_up_after_the_last_event() -> None:
 
 def test_the_samples_fit_each_other() -> None:
     assert misfits(sample_spec().data, sample_dataset().data_schema) == []
-    objections = policy_objections(sample_dataset().policy, sample_spec(), principal="ada")
+    objections = policy_objections(sample_dataset().policy, sample_spec(), principal="ada", plan=None)
     assert [objection.split(":")[0] for objection in objections] == ["allow_exact_metrics"]
     assert sample_offer().spec == sample_spec()
     assert verify_chain(sample_events(EventKind.JOB_CREATED, EventKind.JOB_STARTED)) != ""

@@ -7,11 +7,12 @@ import pytest
 
 from isthmus.client import Client, Retries
 from isthmus_worker.journal import Journal
+from isthmus_worker.ledger import Account
 from isthmus_worker.loop import Agent
 from isthmus_worker.settings import Resources, Settings
 from isthmus_worker.state import Credentials, StateDir
 from isthmus_worker.trainer import Trainer
-from tests.worker.factories import ORGANIZATION, make_settings, write_patients
+from tests.worker.factories import LINEAGE, ORGANIZATION, make_settings, write_patients
 from tests.worker.fake_service import FakeService, fake_service
 
 
@@ -53,6 +54,7 @@ def agent(settings: Settings, service: FakeService, trainer: Trainer) -> Iterato
     journal = Journal.open(state)
     made = Agent(settings, state, credentials_for(service), client, journal, trainer, sleep=lambda _s: None)
     made._served = [dataset.name for dataset in settings.datasets]
+    made._accounts = {dataset.name: Account(LINEAGE, dataset.budget) for dataset in settings.datasets}
     yield made
     journal.close()
     client.close()

@@ -14,9 +14,11 @@ from isthmus.codec.dtypes import NUMPY_DTYPE
 from isthmus.privacy.planning import plan_of
 from isthmus.wire.base import digest_of
 from isthmus.wire.data import FeatureStatistics
+from isthmus.wire.datasets import Budget
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.manifest import Manifest
 from isthmus.wire.rounds import ModelReference, TaskKind, TaskOffer, kind_of_round, task_manifest
+from isthmus_worker.ledger import Account
 from isthmus_worker.settings import Settings
 
 JOB_SEED = "5e" * 32
@@ -70,6 +72,10 @@ LOCAL: Mapping[str, Any] = {
 """What makes it one whose updates are noised by each worker."""
 
 BUDGET: Mapping[str, float] = {"epsilon": 10.0, "delta": 1e-5}
+
+LINEAGE = "1e" * 32
+ACCOUNT = Account(LINEAGE, Budget.model_validate(BUDGET))
+"""What the releases of the dataset are charged to."""
 
 ROWS = 40
 """Records of the dataset, as it was declared."""

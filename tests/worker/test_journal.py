@@ -21,7 +21,7 @@ from isthmus.wire.rounds import TaskOffer, UpdateReceipt, receipt_bytes
 from isthmus_worker.journal import BytesDamaged, Journal, Release, ReleaseState, TransitionRefused, key_of
 from isthmus_worker.release import ATTEMPTS, LONGEST_PAUSE_S, HandedIn, hand_in
 from isthmus_worker.state import StateDir, StateInUse
-from tests.worker.factories import make_offer
+from tests.worker.factories import ACCOUNT, make_offer
 from tests.worker.fake_service import NOW
 
 KEY = Ed25519PrivateKey.generate()
@@ -33,8 +33,9 @@ def _prepare(journal: Journal, state: StateDir, content: bytes = b"noised", offe
     draft = state.scratch / "upload.safetensors"
     draft.write_bytes(content)
     return journal.prepare(
-        offer, draft, digest=sha256(content).hexdigest(), size_bytes=len(content), metrics={"train/loss": 0.5}
-    )
+        offer, draft, digest=sha256(content).hexdigest(), size_bytes=len(content), metrics={"train/loss": 0.5},
+        account=ACCOUNT,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -339,7 +340,7 @@ def test_a_later_round_frees_the_bytes_of_earlier_ones_and_keeps_their_spend(jou
     assert found is not None
     assert (found.state, found.path) == (ReleaseState.RELEASED, None)
     assert not list(state.releases.iterdir())
-    assert "no longer held" in journal.ledger_objections(second, 100)[0]
+    assert "no longer held" in journal.ledger_objections(second, 100, ACCOUNT)[0]
 
 
 def test_no_more_rounds_are_released_than_the_grant_and_the_policy_say(journal: Journal, state: StateDir) -> None:
@@ -347,11 +348,11 @@ def test_no_more_rounds_are_released_than_the_grant_and_the_policy_say(journal: 
         journal.mark_released(_prepare(journal, state, b"%d" % number, make_offer(number=number)))
     third = make_offer(number=3)
 
-    assert journal.ledger_objections(third, 3) == []
-    assert "at most 2 pass" in journal.ledger_objections(third, 2)[0]
-    assert "at most 2 pass" in journal.ledger_objections(third.model_copy(update={"grant_rounds": 2}), 3)[0]
-    assert journal.ledger_objections(make_offer(number=2), 2) == []  # the same round again
-    assert journal.ledger_objections(make_offer(number=4), 2) == []  # evaluation is no training round
+    assert journal.ledger_objections(third, 3, ACCOUNT) == []
+    assert "at most 2 pass" in journal.ledger_objections(third, 2, ACCOUNT)[0]
+    assert "at most 2 pass" in journal.ledger_objections(third.model_copy(update={"grant_rounds": 2}), 3, ACCOUNT)[0]
+    assert journal.ledger_objections(make_offer(number=2), 2, ACCOUNT) == []  # the same round again
+    assert journal.ledger_objections(make_offer(number=4), 2, ACCOUNT) == []  # evaluation is no training round
 
 
 def test_a_code_that_nobody_knows_is_tried_again_and_leaves_the_admission_unanswered(
@@ -407,11 +408,11 @@ def test_a_service_that_cannot_be_reached_is_left_alone_once_the_task_is_lost(
 def test_a_participation_stays_what_it_was_when_it_was_first_seen(
     journal: Journal, change: dict[str, Any], word: str
 ) -> None:
-    assert journal.ledger_objections(OFFER, 9) == []
+    assert journal.ledger_objections(OFFER, 9, ACCOUNT) == []
     journal.pin(OFFER)
 
-    assert journal.ledger_objections(OFFER, 9) == []
-    assert word in journal.ledger_objections(OFFER.model_copy(update=change), 9)[0]
+    assert journal.ledger_objections(OFFER, 9, ACCOUNT) == []
+    assert word in journal.ledger_objections(OFFER.model_copy(update=change), 9, ACCOUNT)[0]
 
 
 def test_the_statistics_of_a_participation_become_known_once(journal: Journal) -> None:
@@ -419,12 +420,12 @@ def test_the_statistics_of_a_participation_become_known_once(journal: Journal) -
     assert statistics is not None
     other = OFFER.model_copy(update={"statistics": statistics.model_copy(update={"mean": [1.0, 2.0]})})
     journal.pin(make_offer(number=0))
-    assert journal.ledger_objections(other, 9) == []
+    assert journal.ledger_objections(other, 9, ACCOUNT) == []
     journal.pin(OFFER)
     journal.pin(make_offer(number=0))  # says nothing of statistics, and forgets none
 
-    assert journal.ledger_objections(OFFER, 9) == []
-    assert "statistics" in journal.ledger_objections(other, 9)[0]
+    assert journal.ledger_objections(OFFER, 9, ACCOUNT) == []
+    assert "statistics" in journal.ledger_objections(other, 9, ACCOUNT)[0]
 
 
 @pytest.mark.parametrize("number", [0, 4])
@@ -433,8 +434,8 @@ def test_statistics_and_the_final_evaluation_are_released_once(journal: Journal,
     journal.mark_released(_prepare(journal, state, offer=once))
 
     again = once.model_copy(update={"round_number": 7})
-    assert "there is one in a job" in journal.ledger_objections(again, 9)[0]
-    assert journal.ledger_objections(once, 9) == []
+    assert "there is one in a job" in journal.ledger_objections(again, 9, ACCOUNT)[0]
+    assert journal.ledger_objections(once, 9, ACCOUNT) == []
 
 
 def test_a_release_that_may_have_been_admitted_counts_as_spent_and_one_that_was_only_prepared_does_not(
@@ -442,12 +443,12 @@ def test_a_release_that_may_have_been_admitted_counts_as_spent_and_one_that_was_
 ) -> None:
     release = _prepare(journal, state)
     other = OFFER.model_copy(update={"model": OFFER.model.model_copy(update={"digest": "ab" * 32})})
-    assert (journal.unsettled(), journal.ledger_objections(other, 9), journal.spends()) == ([], [], [])
+    assert (journal.unsettled(), journal.ledger_objections(other, 9, ACCOUNT), journal.spends()) == ([], [], [])
 
     journal.note_asking(release, unanswered=True)
 
     assert [one.id for one in journal.unsettled()] == [release.id]
-    assert "another model" in journal.ledger_objections(other, 9)[0]
+    assert "another model" in journal.ledger_objections(other, 9, ACCOUNT)[0]
     assert journal.spends() == [
         {"job": "heart", "dataset": "patients", "kind": "train", "clip_norm": None, "noise_multiplier": 0.0,
          "releases": 1}

@@ -22,12 +22,16 @@ import httpx
 from pydantic import BaseModel
 
 from isthmus.client import Client, Clock, Retries
+from isthmus.privacy.chain import entry_hash
+from isthmus.privacy.rdp import ORDERS, ORDERS_VERSION
 from isthmus.wire.data import ColumnKind, ColumnSchema, DatasetSchema
 from isthmus.wire.datasets import DatasetState, DatasetView, UsePolicy
 from isthmus.wire.events import GENESIS, EventKind, EventView, event_hash
 from isthmus.wire.jobs import GrantView, JobSpec, JobState, JobView, ParticipationState, ParticipationView
+from isthmus.wire.ledger import LedgerEntryView, LedgerKind
 from isthmus.wire.manifest import Manifest
 from isthmus.wire.organizations import ROLE_SCOPES, ApiKeyView, Me, OrganizationView, PrincipalView, Role
+from isthmus.wire.privacy import DatasetPrivacy, PrivacyMode, PrivacyPlan, PrivacyReport, PrivacyUnit
 from isthmus.wire.problems import ProblemCode, problem
 from isthmus.wire.rounds import (
     ModelReference,
@@ -166,7 +170,7 @@ def sample_spec(**changes: Any) -> JobSpec:
         "model": {"layers": [{"linear": {"in": 2, "out": 2}}]},
         "data": {"task": "classification", "features": ["age", "bp"], "target": "disease", "classes": 2},
         "training": {"optimizer": {"sgd": {"lr": 0.1}}, "epochs": 1},
-        "privacy": {},
+        "privacy": "none",
         "rounds": 2,
         "seed": SEED,
     }
@@ -251,9 +255,91 @@ def sample_dataset(**changes: Any) -> DatasetView:
         rows=303,
         task_kinds=["statistics", "train", "evaluate"],
         description="Heart disease",
-        policy=UsePolicy(purposes=("research",)),
+        policy=UsePolicy(purposes=("research",), modes=(PrivacyMode.RECORD, PrivacyMode.NONE)),
+        announced_policy=UsePolicy(purposes=("research",), modes=(PrivacyMode.RECORD, PrivacyMode.NONE)),
+        lineage="1e" * 32,
+        budget=None,
         announced_at=NOW,
         confirmed_at=NOW,
+    )
+    return _changed(view, changes)
+
+
+def sample_ledger(*kinds: LedgerKind) -> list[LedgerEntryView]:
+    """A ledger of the sample dataset, one entry of each kind given, chained as the service chains them."""
+    entries: list[LedgerEntryView] = []
+    for sequence, kind in enumerate(kinds, start=1):
+        spend = kind is LedgerKind.SPEND
+        entry = LedgerEntryView(
+            id=sample_id(100 + sequence),
+            sequence=sequence,
+            kind=kind,
+            lineage="1e" * 32,
+            dataset_id=sample_id(4),
+            job_id=sample_id(5),
+            participation_id=sample_id(6),
+            round_number=sequence if spend else None,
+            release="train" if spend else None,
+            mode="record",
+            event={"kind": "gaussian", "noise_multiplier": 4.0, "sensitivity": 1.0},
+            orders_version=ORDERS_VERSION,
+            rdp_nano=[62_500_000 * sequence] * len(ORDERS),
+            draws=6,
+            elements=6,
+            digest="ab" * 32 if spend else None,
+            reserved_epsilon=2.5,
+            spent_epsilon=0.25 * sequence,
+            created_at=NOW,
+            previous_hash=entries[-1].hash if entries else GENESIS,
+            hash="",
+        )
+        entries.append(entry.model_copy(update={"hash": entry_hash(entry)}))
+    return entries
+
+
+def sample_report(**changes: Any) -> PrivacyReport:
+    """A privacy report of the sample job, with privacy of records."""
+    plan = PrivacyPlan(
+        unit=PrivacyUnit.RECORD,
+        where=None,
+        epsilon=2.999,
+        delta=1e-5,
+        clip_norm=1.0,
+        noise_multiplier=2.841,
+        sampling_probability=0.132,
+        expected_batch=32.0,
+        steps_per_round=8,
+        statistics_noise_multiplier=None,
+        evaluation_noise_multiplier=None,
+    )
+    site = DatasetPrivacy(
+        organization="charite",
+        dataset="heart",
+        state=ParticipationState.APPROVED,
+        declared_rows=303,
+        plan=plan,
+        epsilon_spent=1.25,
+        epsilon_person=2.999,
+        epsilon_reference=2.61,
+        rounds_released=5,
+        releases=6,
+    )
+    view = PrivacyReport(
+        job_id=sample_id(5),
+        job="heart",
+        job_state=JobState.RUNNING,
+        unit=PrivacyUnit.RECORD,
+        where=None,
+        mechanism="DP-SGD",
+        adjacency="one record more or less",
+        guarantee="Nobody can tell whether one record was there.",
+        accountant="Renyi divergences",
+        delta=1e-5,
+        max_orgs_per_person=1,
+        assumptions=["the worker is honest"],
+        not_protected=["what is true of everybody"],
+        released=["the update of each round"],
+        datasets=[site],
     )
     return _changed(view, changes)
 
@@ -409,6 +495,7 @@ def sample_offer(**changes: Any) -> TaskOffer:
         model_manifest=model,
         upload_manifest=task_manifest(TaskKind.TRAIN, spec, 1, model),
         statistics=None,
+        plan=None,
     )
     return _changed(view, changes)
 

@@ -29,6 +29,7 @@ MISCONFIGURED: Final = 2
 KEY_REFUSED: Final = 3
 STATE_IN_USE: Final = 4
 NOTHING_TO_SERVE: Final = 5
+LEDGER_DAMAGED: Final = 6
 
 
 class Stop(BaseException):
@@ -67,6 +68,7 @@ def _work(settings: Settings, state: StateDir, credentials: Credentials) -> int:
 
         from isthmus_worker.connect import connect  # noqa: PLC0415 - see above
         from isthmus_worker.journal import Journal  # noqa: PLC0415
+        from isthmus_worker.ledger import LedgerDamaged  # noqa: PLC0415
         from isthmus_worker.loop import Agent, KeyRefused, NothingToServe  # noqa: PLC0415
         from isthmus_worker.trainer import Trainer  # noqa: PLC0415
 
@@ -80,6 +82,9 @@ def _work(settings: Settings, state: StateDir, credentials: Credentials) -> int:
             except NothingToServe as error:
                 log.error("stopped", extra={"reason": str(error)})
                 return NOTHING_TO_SERVE
+            except LedgerDamaged as error:
+                log.error("stopped", extra={"reason": str(error)})
+                return LEDGER_DAMAGED
             finally:
                 trainer.stop()
     except Stop as stop:

@@ -16,6 +16,7 @@ import traceback
 from functools import cache
 from typing import TYPE_CHECKING, BinaryIO, Final
 
+from isthmus_worker.contents import content_of
 from isthmus_worker.data import open_source
 from isthmus_worker.messages import (
     ORDERS,
@@ -95,7 +96,8 @@ def answer_to(order: Work | Describe, line: Line) -> Answer:
     try:
         if isinstance(order, Describe):
             source = open_source(order.dataset.source)
-            return Described(data_schema=source.schema(), rows=source.rows())
+            content = content_of(order.dataset.source, order.known)
+            return Described(data_schema=source.schema(), rows=source.rows(), content=content)
         return _desk().perform(order, lambda progress: line.tell(order.number, progress))
     except (DataRefused, ModelRefused) as refusal:
         return Refusal(reason=refusal.told(_tells_counts(order)), where=refusal.where)

@@ -11,8 +11,13 @@ released may be `discarded`, and then be computed anew.
 An admission that was asked for and never answered may have been given: such a release is not discarded but counted as
 released, so that this account shows at least what the service's does.
 
-What a participation is, its job, dataset, spec, seed and later the federation's statistics, is pinned before the first
-work for it, and a dataset has one participation in a job: the account of one cannot be begun anew under another name.
+What a participation is, its job, dataset, spec, privacy plan, seed and later the federation's statistics, is pinned
+before the first work for it, and a dataset has one participation in a job: the account of one cannot be begun anew
+under another name.
+
+What a release costs is journalled with it, and is written into the ledger of its records (`ledger`) in the very
+transaction that marks it as released. What may have been admitted unheard counts as spent until that is known. A
+release whose cost does not fit into the budget beside all that is neither computed nor prepared.
 
 SQLite in WAL mode with synchronous=FULL: a transition that returned is on the disk. `prepare` alone leaves that to the
 `note_asking` that follows it: nothing may have been admitted before, and what is synced later takes along what was
@@ -32,10 +37,26 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
+from isthmus.privacy.cost import Cost
 from isthmus.wire.base import digest_of
 from isthmus.wire.rounds import TaskKind, TaskOffer, UpdateReceipt
 from isthmus_worker.files import move_durably, sync_directory, sync_file
+from isthmus_worker.ledger import (
+    HANDOVER,
+    Account,
+    BudgetRefused,
+    Charge,
+    LedgerDamaged,
+    Ledgers,
+    budget_objections,
+    charge_for,
+    costs_of,
+)
+from isthmus_worker.ledger import SCHEMA as LEDGER_SCHEMA
+from isthmus_worker.lineage import SCHEMA as LINEAGE_SCHEMA
+from isthmus_worker.lineage import Lineages
 from isthmus_worker.state import StateDir
+from isthmus_worker.transaction import Transaction as _Transaction
 
 KEEP_BYTES: Final = timedelta(days=30)
 """Noised bytes that nobody asked for any more are deleted after so long. Their row stays, and so does their spend."""
@@ -116,7 +137,7 @@ class BytesDamaged(Exception):
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS participations (
     participation_id TEXT PRIMARY KEY, job_id TEXT NOT NULL, dataset TEXT NOT NULL, spec_digest TEXT NOT NULL,
-    job_seed TEXT NOT NULL, statistics_digest TEXT, seen_at TEXT NOT NULL, UNIQUE (dataset, job_id)
+    job_seed TEXT NOT NULL, statistics_digest TEXT, seen_at TEXT NOT NULL, plan_digest TEXT, UNIQUE (dataset, job_id)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS releases (
     id INTEGER PRIMARY KEY,
@@ -127,7 +148,8 @@ CREATE TABLE IF NOT EXISTS releases (
     job TEXT NOT NULL, dataset TEXT NOT NULL, task_id TEXT NOT NULL, fence INTEGER NOT NULL,
     digest TEXT NOT NULL, size_bytes INTEGER NOT NULL, unanswered INTEGER NOT NULL DEFAULT 0, file TEXT,
     clip_norm REAL, noise_multiplier REAL NOT NULL,
-    prepared_at TEXT NOT NULL, released_at TEXT, acknowledged_at TEXT, discarded_at TEXT, note TEXT, receipt TEXT
+    prepared_at TEXT NOT NULL, released_at TEXT, acknowledged_at TEXT, discarded_at TEXT, note TEXT, receipt TEXT,
+    lineage TEXT, charge TEXT
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS one_release ON releases
     (participation_id, round_number, model_digest, spec_digest, kind) WHERE state <> 'discarded';
@@ -136,6 +158,10 @@ CREATE TABLE IF NOT EXISTS results (
     dataset TEXT NOT NULL, metrics TEXT NOT NULL, at TEXT NOT NULL, PRIMARY KEY (participation_id, round_number, kind)
 ) STRICT;
 """
+_ADDED: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
+    {"participations": {"plan_digest": "TEXT"}, "releases": {"lineage": "TEXT", "charge": "TEXT"}}
+)
+"""Columns that journals of earlier versions lack. What those versions released has no charge, and is in no ledger."""
 _MAYBE_SPENT: Final = "(state IN ('released', 'acknowledged') OR (state = 'prepared' AND unanswered = 1))"
 _COLUMNS: Final = (
     "id, participation_id, round_number, model_digest, spec_digest, kind, state, job, dataset, task_id, fence,"
@@ -149,6 +175,8 @@ class Journal:
     def __init__(self, state: StateDir, connection: sqlite3.Connection) -> None:
         self._state = state
         self._connection = connection
+        self.ledgers = Ledgers(connection)
+        self.lineages = Lineages(connection)
 
     @classmethod
     def open(cls, state: StateDir) -> "Journal":
@@ -157,7 +185,8 @@ class Journal:
         state.journal.chmod(0o600)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-        connection.executescript(_SCHEMA)
+        connection.executescript(_SCHEMA + LINEAGE_SCHEMA + LEDGER_SCHEMA)
+        _bring_up_to_date(connection)
         sync_directory(state.root)
         return cls(state, connection)
 
@@ -202,21 +231,24 @@ class Journal:
 
         To be called before any work for an offer that `ledger_objections` lets pass.
         """
-        statistics = _digest_of_statistics(offer)
+        statistics, plan = _digest_of_statistics(offer), _digest_of_plan(offer)
         pinned = self._connection.execute(
-            "SELECT statistics_digest FROM participations WHERE participation_id = ?", (str(offer.participation_id),)
+            "SELECT statistics_digest, plan_digest FROM participations WHERE participation_id = ?",
+            (str(offer.participation_id),),
         ).fetchone()
-        if pinned is not None and (pinned[0] is not None or statistics is None):
+        if pinned is not None and (pinned[0] is not None or statistics is None) and pinned[1] is not None:
             return  # a write of nothing new would still have to reach the disk
         with _Transaction(self._connection) as connection:
             connection.execute(
-                "INSERT INTO participations VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (participation_id) DO NOTHING",
-                (*_identity_of(offer).values(), statistics, _now()),
+                "INSERT INTO participations (participation_id, job_id, dataset, spec_digest, job_seed,"
+                " statistics_digest, seen_at, plan_digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (participation_id) DO NOTHING",
+                (*_identity_of(offer).values(), statistics, _now(), plan),
             )
             connection.execute(
-                "UPDATE participations SET statistics_digest = ?"
-                " WHERE participation_id = ? AND statistics_digest IS NULL",
-                (statistics, str(offer.participation_id)),
+                "UPDATE participations SET statistics_digest = coalesce(statistics_digest, ?),"
+                " plan_digest = coalesce(plan_digest, ?) WHERE participation_id = ?",
+                (statistics, plan, str(offer.participation_id)),
             )
 
     def find(self, key: ReleaseKey) -> Release | None:
@@ -229,28 +261,40 @@ class Journal:
         return found[0] if found else None
 
     def prepare(
-        self, offer: TaskOffer, draft: Path, *, digest: str, size_bytes: int, metrics: Mapping[str, float]
+        self,
+        offer: TaskOffer,
+        draft: Path,
+        *,
+        digest: str,
+        size_bytes: int,
+        metrics: Mapping[str, float],
+        account: Account,
     ) -> Release:
-        """Take over the noised bytes in `draft`, and the results that stay here. Nothing has left yet.
+        """Take over the noised bytes in `draft`, what they cost, and the results that stay here. Nothing has left yet.
 
         The bytes are on the disk when this returns, the row as soon as `note_asking` returns: the name of a file that
         no row knows is removed at the next start, and what nobody could ask for was never released.
 
         Raises:
             BytesDamaged: the file is not as long as the child says.
+            BudgetRefused: what it costs does not fit into the budget.
             sqlite3.IntegrityError: this was noised before.
         """
+        charge = charge_for(offer, account.lineage)
+        if found := self._budget_objections(offer, charge, account):
+            draft.unlink(missing_ok=True)
+            raise BudgetRefused(" ".join(found))
         if draft.stat().st_size != size_bytes:  # digested as it was written; the service digests it once more
             raise BytesDamaged(f"{draft} does not hold the bytes that the training process named")
         key, name = key_of(offer), f"{uuid.uuid4().hex}.safetensors"
         sync_file(draft)
         move_durably(draft, self._state.releases / name)
-        now = _now()
+        now, plan = _now(), offer.plan
         with _Transaction(self._connection, synced=False) as connection:
             connection.execute(
                 "INSERT INTO releases (participation_id, round_number, model_digest, spec_digest, kind, state,"
-                " job, dataset, task_id, fence, digest, size_bytes, file, prepared_at, clip_norm, noise_multiplier)"
-                " VALUES (?, ?, ?, ?, ?, 'prepared', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " job, dataset, task_id, fence, digest, size_bytes, file, prepared_at, clip_norm, noise_multiplier,"
+                " lineage, charge) VALUES (?, ?, ?, ?, ?, 'prepared', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *key,
                     offer.job,
@@ -262,7 +306,9 @@ class Journal:
                     name,
                     now,
                     offer.spec.privacy.clip_norm,
-                    offer.spec.privacy.noise_multiplier,
+                    plan.noise_multiplier if plan is not None else 0.0,
+                    charge.lineage,
+                    charge.to_json(),
                 ),
             )
             if metrics:
@@ -298,8 +344,17 @@ class Journal:
         self._connection.execute("UPDATE releases SET unanswered = ? WHERE id = ?", (int(unanswered), release.id))
 
     def mark_released(self, release: Release) -> None:
-        """Record the spend. To be called when the service has admitted the bytes and before any of them is sent."""
-        self._advance(release, ReleaseState.RELEASED, released_at=_now())
+        """Record the spend, here and in the ledger of the records, in one transaction that is on the disk at the end.
+
+        To be called when the service has admitted the bytes and before any of them is sent.
+        """
+        try:
+            with _Transaction(self._connection):
+                self._advance(release, ReleaseState.RELEASED, released_at=_now())
+                self._charge(release)
+        except BaseException:
+            self.ledgers.forget_sums()
+            raise
 
     def mark_acknowledged(self, release: Release, receipt: UpdateReceipt) -> None:
         """Keep a receipt whose signature was verified; the bytes are not needed any more."""
@@ -332,8 +387,56 @@ class Journal:
         """What left or may have left, is not acknowledged, and has its bytes."""
         return self._releases(f"state <> 'acknowledged' AND {_MAYBE_SPENT} AND file IS NOT NULL")
 
-    def ledger_objections(self, offer: TaskOffer, max_rounds: int) -> list[str]:
-        """Why this account of ours does not allow a release for `offer`; empty if it does.
+    def _charge(self, release: Release) -> None:
+        """Write into the ledger what a release costs. Those of earlier versions have no charge, and no budget."""
+        job_id, lineage, charge = self._connection.execute(
+            "SELECT p.job_id, r.lineage, r.charge FROM releases r LEFT JOIN participations p USING (participation_id)"
+            " WHERE r.id = ?",
+            (release.id,),
+        ).fetchone()
+        if charge is not None:
+            key = release.key
+            body = {
+                "kind": key.kind.value,
+                "participation_id": key.participation_id,
+                "job_id": job_id,
+                "job": release.job,
+                "dataset": release.dataset,
+                "round_number": key.round_number,
+                "model_digest": key.model_digest,
+                "digest": release.digest,
+            }
+            self.ledgers.append(lineage, {**json.loads(charge), **body})
+
+    def _budget_objections(self, offer: TaskOffer, charge: Charge, account: Account) -> list[str]:
+        """Why the release for `offer` does not fit into the budget beside what left, or may have left."""
+        mine = self.find(key_of(offer))
+        if mine is not None and (mine.unanswered or mine.state in SPENT):
+            return []  # it is counted already: sent again, it costs nothing
+        spent = self.spent(account.lineage)
+        claimed = self.ledgers.claimed(str(offer.participation_id))
+        for participation_id, _cost, job_cost in self._unheard(account.lineage):
+            claimed = claimed + job_cost if participation_id == str(offer.participation_id) else claimed
+        return budget_objections(offer, charge, account.budget, spent=spent, claimed=claimed)
+
+    def spent(self, lineage: str) -> Cost:
+        """What left or may have left of these records."""
+        spent = self.ledgers.total(lineage).cost
+        for _participation, cost, _job_cost in self._unheard(lineage):
+            spent = spent + cost
+        return spent
+
+    def _unheard(self, lineage: str) -> list[tuple[str, Cost, Cost]]:
+        """Participation, cost and cost to its job of what may have been admitted, and is in no ledger yet."""
+        rows = self._connection.execute(
+            "SELECT participation_id, charge FROM releases WHERE lineage = ? AND state = 'prepared'"
+            " AND unanswered = 1 AND charge IS NOT NULL",
+            (lineage,),
+        ).fetchall()
+        return [(str(participation_id), *costs_of(json.loads(charge))) for participation_id, charge in rows]
+
+    def ledger_objections(self, offer: TaskOffer, max_rounds: int, account: Account) -> list[str]:
+        """Why this account of ours does not allow a release for `offer`; empty if it does. No work is done before.
 
         A round is noised for one model only: an offer of the same round with another model or spec would have the same
         records noised again. No more rounds are released than the grant and our own policy say, and statistics and
@@ -354,14 +457,14 @@ class Journal:
         allowed = min(max_rounds, offer.grant_rounds)
         if key.kind is TaskKind.TRAIN and len(rounds) >= allowed:
             found.append(f"max_rounds: {len(rounds)} rounds were released for this grant; at most {allowed} pass.")
-        return found
+        return found + self._budget_objections(offer, charge_for(offer, account.lineage), account)
 
     def _contradictions(self, offer: TaskOffer) -> list[str]:
         """How `offer` differs from what was pinned."""
         now = _identity_of(offer)
         row = self._connection.execute(
-            "SELECT participation_id, job_id, dataset, spec_digest, job_seed, statistics_digest FROM participations"
-            " WHERE participation_id = ?",
+            "SELECT participation_id, job_id, dataset, spec_digest, job_seed, statistics_digest, plan_digest"
+            " FROM participations WHERE participation_id = ?",
             (now["participation_id"],),
         ).fetchone()
         if row is None:
@@ -369,10 +472,12 @@ class Journal:
                 "SELECT 1 FROM participations WHERE dataset = ? AND job_id = ?", (now["dataset"], now["job_id"])
             ).fetchone()
             return ["This dataset takes part in the job under another participation already."] if other else []
-        *pinned, statistics = row
+        *pinned, statistics, plan = row
         changed = [name for name, before in zip(now, pinned, strict=True) if now[name] != before]
         if offer.statistics is not None and statistics not in (None, _digest_of_statistics(offer)):
             changed.append("statistics")
+        if plan not in (None, _digest_of_plan(offer)):
+            changed.append("privacy plan")
         if not changed:
             return []
         return [f"The participation is not what it was when this worker first saw it: another {', '.join(changed)}."]
@@ -380,11 +485,35 @@ class Journal:
     def spends(self) -> list[dict[str, Any]]:
         """How often something left or may have left, by job, dataset, kind and protection."""
         rows = self._connection.execute(
-            "SELECT job, dataset, kind, clip_norm, noise_multiplier, count(*) FROM releases"  # noqa: S608 - our own
-            f" WHERE {_MAYBE_SPENT} GROUP BY 1, 2, 3, 4, 5 ORDER BY min(id)"
+            "SELECT job, dataset, kind, json_extract(charge, '$.mode'), clip_norm, noise_multiplier, count(*)"  # noqa: S608 - our own
+            f" FROM releases WHERE {_MAYBE_SPENT} GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY min(id)"
         ).fetchall()
-        names = ("job", "dataset", "kind", "clip_norm", "noise_multiplier", "releases")
+        names = ("job", "dataset", "kind", "mode", "clip_norm", "noise_multiplier", "releases")
         return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def verify(self) -> None:
+        """Look whether the ledgers are what this worker wrote, and hold every release that was charged.
+
+        Raises:
+            LedgerDamaged: they are not, or do not.
+        """
+        self.ledgers.verify()
+        held = {
+            (plain["participation_id"], plain["round_number"], plain["kind"], plain["digest"])
+            for lineage in self.ledgers.lineages()
+            for plain in (entry.plain for entry in self.ledgers.entries(lineage))
+            if plain["kind"] != HANDOVER
+        }
+        for release in self._releases("state IN ('released', 'acknowledged') AND charge IS NOT NULL"):
+            key = release.key
+            if (key.participation_id, key.round_number, key.kind, release.digest) not in held:
+                raise LedgerDamaged(
+                    self._lineage_of(release),
+                    f"the entry of round {key.round_number} of job {release.job!r} is missing",
+                )
+
+    def _lineage_of(self, release: Release) -> str:
+        return str(self._connection.execute("SELECT lineage FROM releases WHERE id = ?", (release.id,)).fetchone()[0])
 
     def counts(self) -> dict[str, int]:
         """Number of releases by state."""
@@ -451,33 +580,21 @@ def _identity_of(offer: TaskOffer) -> dict[str, str]:
     }
 
 
+def _digest_of_plan(offer: TaskOffer) -> str:
+    return digest_of(offer.plan) if offer.plan is not None else "none"
+
+
 def _digest_of_statistics(offer: TaskOffer) -> str | None:
     return digest_of(offer.statistics) if offer.statistics is not None else None
 
 
-class _Transaction:
-    """BEGIN IMMEDIATE … COMMIT, or ROLLBACK. Not `synced`: the next one that is takes it to the disk as well."""
-
-    def __init__(self, connection: sqlite3.Connection, *, synced: bool = True) -> None:
-        self._connection = connection
-        self._synced = synced
-
-    def __enter__(self) -> sqlite3.Connection:
-        if not self._synced:
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
-        except BaseException:
-            self._connection.execute("PRAGMA synchronous = FULL")  # what comes next may be a spend
-            raise
-        return self._connection
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self._connection.execute("COMMIT" if kind is None else "ROLLBACK")
-        finally:
-            if not self._synced:
-                self._connection.execute("PRAGMA synchronous = FULL")
+def _bring_up_to_date(connection: sqlite3.Connection) -> None:
+    """Add what journals of earlier versions lack; their rows stay as they are."""
+    for table, columns in _ADDED.items():
+        held = {str(row[1]) for row in connection.execute(f"PRAGMA table_info({table})")}
+        for name, kind in columns.items():
+            if name not in held:
+                connection.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
 
 
 def _unlink(release: Release) -> None:

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from isthmus.client import BadResponse, Client, IsthmusError, NoWork, Refused, TimedOut, Unreachable
-from isthmus.wire.datasets import AnnounceDataset
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import ClaimTask, FailTask, RefuseTask, TaskOffer
+from isthmus_worker.announcements import signed_announcement
 from isthmus_worker.files import VerifiedFiles
 from isthmus_worker.heart import Heart
 from isthmus_worker.journal import BytesDamaged, Journal, Release, key_of
-from isthmus_worker.messages import Work
+from isthmus_worker.ledger import Account, BudgetRefused, accounts
+from isthmus_worker.lineage import LineageRefused
+from isthmus_worker.messages import Described, Work
 from isthmus_worker.offers import contradictions, needs_model
 from isthmus_worker.policy import objections, resource_objections
 from isthmus_worker.release import LONGEST_PAUSE_S, HandedIn, ReceiptInvalid, backoff_s, hand_in
-from isthmus_worker.settings import DatasetSettings, Settings
+from isthmus_worker.settings import DatasetSettings, Settings, announced_policy
 from isthmus_worker.state import Credentials, StateDir
 from isthmus_worker.trainer import Trainer, WorkCancelled, WorkFailed, WorkRefused
 
@@ -88,6 +90,8 @@ class Agent:
     trainer: Trainer
     sleep: Callable[[float], None] = time.sleep
     _served: list[str] = field(default_factory=list)
+    _accounts: dict[str, Account] = field(default_factory=dict)
+    """By dataset: what its releases are charged to."""
     _verified: VerifiedFiles = field(default_factory=VerifiedFiles)
 
     def run(self) -> None:
@@ -96,7 +100,9 @@ class Agent:
         Raises:
             KeyRefused: the service does not know us any more.
             NothingToServe: no dataset can be read, or all are served by other workers.
+            LedgerDamaged: the account of what left is not what we wrote.
         """
+        self.journal.verify()
         self.journal.recover()
         self._patiently(self.settle)
         self.announce()
@@ -105,23 +111,34 @@ class Agent:
             self._patiently(lambda: self.step(a_poll_s()))
 
     def announce(self) -> None:
-        """Tell the service which columns and how many records each dataset has. A child reads them; we never do."""
-        self._served = []
-        for dataset in self.settings.datasets:
-            try:
-                found = self.trainer.describe(dataset)
-            except (WorkRefused, WorkFailed) as error:
-                log.error(
-                    "dataset cannot be read",
-                    extra={"dataset": dataset.name, "reason": str(error), "where": error.where},
-                )
-                continue
-            body = AnnounceDataset(data_schema=found.data_schema, rows=found.rows, description=dataset.description)
-            if self._patiently(lambda name=dataset.name, body=body: self._announced(name, body)):  # type: ignore[misc]  # bound now
+        """Tell the service which columns and how many records each dataset has, and what our policy lets be done.
+
+        A child reads the records; we never do. Which data they are (`lineage`), and so which ledger counts, is found
+        out for all datasets before the first is told: the budget of records that two of them hold is the smaller one.
+        """
+        self._served, self._accounts = [], {}
+        found = [(dataset, read) for dataset in self.settings.datasets if (read := self._read(dataset)) is not None]
+        self._accounts = accounts([(dataset, lineage) for dataset, (_described, lineage) in found])
+        for dataset, (described, _lineage) in found:
+            account = self._accounts[dataset.name]
+            self.journal.ledgers.note_budget(account)
+            if self._patiently(lambda told=(dataset, described, account): self._announced(*told)):  # type: ignore[misc]  # bound now
                 self._served.append(dataset.name)
         self.trainer.stop()
         if not self._served:
             raise NothingToServe
+
+    def _read(self, dataset: DatasetSettings) -> tuple[Described, str] | None:
+        """What a child reads of a dataset, and which data it is; None if it cannot be served."""
+        try:
+            described = self.trainer.describe(dataset, self.journal.lineages.known_stamp(dataset.source))
+            return described, self.journal.lineages.of(dataset, described.content)
+        except (WorkRefused, WorkFailed) as error:
+            reason, where = str(error), error.where
+        except LineageRefused as error:
+            reason, where = str(error), ""
+        log.error("dataset cannot be served", extra={"dataset": dataset.name, "reason": reason, "where": where})
+        return None
 
     def settle(self) -> None:
         """Hand in what an earlier run may have spent: its leases may still be held, or only the receipt was lost.
@@ -187,11 +204,17 @@ class Agent:
 
     def _objections(self, offer: TaskOffer) -> list[str]:
         found = contradictions(offer, organization=self.credentials.organization, datasets=self._served)
-        found += objections(self.settings.policy, offer)
+        if found:
+            return found  # what contradicts itself has no cost that could be computed
+        dataset = self.settings.dataset(offer.dataset)
+        assert dataset is not None, "an offer for another dataset contradicts what we serve"
+        found = objections(announced_policy(self.settings, dataset), self.settings.policy, offer)
         found += resource_objections(self.settings.resources, offer)
-        return found + self.journal.ledger_objections(offer, self.settings.policy.max_rounds)
+        account = self._accounts[offer.dataset]
+        return found + self.journal.ledger_objections(offer, self.settings.policy.max_rounds, account)
 
     def _compute(self, offer: TaskOffer, dataset: DatasetSettings, heart: Heart) -> Release:
+        account = self._accounts[offer.dataset]
         self.trainer.warm()
         model_path = self._model(offer, heart) if needs_model(offer) else None
         draft = self.state.scratch / "upload.safetensors"
@@ -202,7 +225,7 @@ class Agent:
             dataset=dataset,
             model_path=model_path,
             upload_path=draft,
-            holdout_key=self.state.holdout_key().hex(),
+            holdout_key=self.journal.lineages.holdout_key(account.lineage) or self.state.holdout_key().hex(),
             entry_points=self.settings.policy.entry_points,
             min_rows=self.settings.policy.min_rows,
             tell_counts=self.settings.policy.allow_exact_statistics,
@@ -211,8 +234,10 @@ class Agent:
         heart.alive(1.0)
         try:
             return self.journal.prepare(
-                offer, draft, digest=done.digest, size_bytes=done.size_bytes, metrics=done.metrics
+                offer, draft, digest=done.digest, size_bytes=done.size_bytes, metrics=done.metrics, account=account
             )
+        except BudgetRefused as refusal:
+            raise WorkRefused(str(refusal)) from refusal
         except (BytesDamaged, FileNotFoundError) as error:
             raise WorkFailed("The training process left another file than it said.", where=str(error)) from error
 
@@ -295,7 +320,16 @@ class Agent:
         if idle_s is not None and idle_s >= self.settings.resources.idle_s:
             self.trainer.stop()
 
-    def _announced(self, name: str, body: AnnounceDataset) -> bool:
+    def _announced(self, dataset: DatasetSettings, described: Described, account: Account) -> bool:
+        name = dataset.name
+        body = signed_announcement(
+            self.state.identity(),
+            self.credentials.organization,
+            dataset,
+            policy=announced_policy(self.settings, dataset),
+            described=described,
+            lineage=account.lineage,
+        )
         try:
             view = self.client.datasets.announce(name, body)
         except Refused as refusal:

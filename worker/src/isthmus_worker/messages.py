@@ -5,10 +5,11 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from isthmus.wire.base import Finite
+from isthmus.wire.base import Digest, Finite
 from isthmus.wire.data import DatasetSchema
 from isthmus.wire.models import EntryPoint
 from isthmus.wire.rounds import TaskOffer
+from isthmus_worker.likeness import Sketch
 from isthmus_worker.settings import DatasetSettings
 
 
@@ -27,6 +28,8 @@ class Describe(_Message):
 
     order: Literal["describe"] = "describe"
     dataset: DatasetSettings
+    known: str | None = None
+    """Stamp of the file when its content was taken last; it is not taken again from the same file."""
 
 
 class Work(_Message):
@@ -64,12 +67,25 @@ class Alive(_Message):
     progress: float = 0.0
 
 
+class Content(_Message):
+    """What stands for the content of a file. It stays with the worker."""
+
+    stamp: str
+    """Changes whenever the file does."""
+    digest: Digest
+    """SHA-256 of the file."""
+    sketch: Sketch | None
+    """Of the records of a CSV file, by which an edited copy is known again."""
+
+
 class Described(_Message):
     """What a dataset holds: no values."""
 
     answer: Literal["described"] = "described"
     data_schema: DatasetSchema
     rows: int
+    content: Content | None = None
+    """None: it is no file, or the one that is known."""
 
 
 class Done(_Message):

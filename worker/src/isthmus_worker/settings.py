@@ -73,8 +73,8 @@ _GONE: Final = {
         "the dataset instead (jobs with a privacy unit always clip; max_clip_norm bounds those without)"
     ),
     "min_noise_multiplier": (
-        "min_noise_multiplier is gone: say which jobs pass by modes = [...], and how much they may learn by a budget of "
-        "the dataset (and max_epsilon) instead; the noise follows from them"
+        "min_noise_multiplier is gone: say which jobs pass by modes = [...], and how much they may learn by a budget "
+        "of the dataset (and max_epsilon) instead; the noise follows from them"
     ),
 }
 """Keys of earlier versions, and what to write today."""

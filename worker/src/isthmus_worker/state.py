@@ -119,11 +119,15 @@ class StateDir:
 
     def identity(self) -> "Ed25519PrivateKey":
         """The worker's own key, made at first use."""
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415 - only enrolment needs it
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415 - most commands do without
             Ed25519PrivateKey,
         )
 
         return Ed25519PrivateKey.from_private_bytes(_secret(self._identity))
+
+    def public_key(self) -> str | None:
+        """The worker's own public key in hexadecimal, by which other workers and the service know it; None: no key."""
+        return self.identity().public_key().public_bytes_raw().hex() if self._identity.exists() else None
 
     def renew_identity(self) -> "Ed25519PrivateKey":
         """A fresh key in place of the worker's own: the service enrols no public key twice."""

@@ -87,13 +87,17 @@ class Trainer:
             self._send(Warm())
         self._used_at = time.monotonic()
 
-    def describe(self, dataset: DatasetSettings) -> Described:
+    def describe(self, dataset: DatasetSettings, known: str | None = None) -> Described:
         """The columns and the number of records of a dataset, read by a child.
+
+        Args:
+            dataset: as the configuration names it.
+            known: the stamp of its file when its content was taken last.
 
         Raises:
             WorkRefused, WorkFailed: it cannot be read.
         """
-        answer = self._ask(Describe(dataset=dataset), lambda _progress: None, lambda: False)
+        answer = self._ask(Describe(dataset=dataset, known=known), lambda _progress: None, lambda: False)
         if not isinstance(answer, Described):
             raise WorkFailed(_NO_ANSWER)
         return answer

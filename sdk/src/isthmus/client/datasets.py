@@ -6,7 +6,7 @@ from uuid import UUID
 from isthmus.client._service import Service, segment
 from isthmus.wire.base import Page
 from isthmus.wire.datasets import AnnounceDataset, DatasetView, UsePolicy
-from isthmus.wire.ledger import LedgerEntryView
+from isthmus.wire.ledger import LedgerEntryView, LedgerPage
 
 
 class Datasets:
@@ -16,7 +16,7 @@ class Datasets:
         self._service = service
 
     def announce(self, name: str, body: AnnounceDataset) -> DatasetView:
-        """A worker says which data it can read. Repeating the call is safe, also with changed metadata."""
+        """A worker says which data it can read and what for, signed. It may be repeated, also with other metadata."""
         return self._service.ask("PUT", f"datasets/{segment(name)}", DatasetView, body)
 
     def list(self) -> Iterator[DatasetView]:
@@ -40,17 +40,15 @@ class Datasets:
         return self._service.ask("POST", f"datasets/{dataset_id}/retire", DatasetView)
 
     def set_policy(self, dataset_id: UUID, policy: UsePolicy) -> DatasetView:
-        """Replace what the dataset may be used for."""
+        """Say what of the worker's own policy holds for the dataset: tighten it, as it cannot be loosened here."""
         return self._service.ask("PUT", f"datasets/{dataset_id}/policy", DatasetView, policy)
 
     def ledger(self, dataset_id: UUID) -> Iterator[LedgerEntryView]:
-        """Everything of the dataset that was released; pages are read as they are needed."""
-        return self._service.pages(f"datasets/{dataset_id}/ledger", Page[LedgerEntryView])
+        """Everything that was promised and released of the dataset's records; pages are read as they are needed."""
+        return self._service.pages(f"datasets/{dataset_id}/ledger", LedgerPage)
 
-    def ledger_page(
-        self, dataset_id: UUID, *, limit: int | None = None, cursor: str | None = None
-    ) -> Page[LedgerEntryView]:
-        """One page of the ledger."""
+    def ledger_page(self, dataset_id: UUID, *, limit: int | None = None, cursor: str | None = None) -> LedgerPage:
+        """One page of the ledger, and where the budget stands."""
         return self._service.ask(
-            "GET", f"datasets/{dataset_id}/ledger", Page[LedgerEntryView], query={"limit": limit, "cursor": cursor}
+            "GET", f"datasets/{dataset_id}/ledger", LedgerPage, query={"limit": limit, "cursor": cursor}
         )

@@ -10,7 +10,7 @@ from isthmus.commands.options import Json
 from isthmus.commands.rendering.datasets import dataset_text, datasets_table, ledger_text, policy_text
 from isthmus.commands.session import connected, plain, write_json
 from isthmus.jobfile import load
-from isthmus.privacy.chain import verify_entries
+from isthmus.privacy.chain import verify
 from isthmus.wire.datasets import AutomaticApproval, UsePolicy
 from isthmus.wire.models import ModelKind
 from isthmus.wire.privacy import PrivacyMode
@@ -54,7 +54,7 @@ def ledger(ctx: typer.Context, dataset: Reference, as_json: Json = False) -> Non
     with connected(ctx) as at:
         found = at.client.datasets.get(dataset_id(at.client, dataset))
         entries = list(at.client.datasets.ledger(found.id))
-        verify_entries(entries)
+        verify(entries)
         if as_json:
             write_json(at.around, {"budget": found.budget and plain(found.budget), "entries": [*map(plain, entries)]})
         else:

@@ -11,6 +11,7 @@ from isthmus.commands.credentials import CredentialsInvalid, NotLoggedIn
 from isthmus.commands.exits import ExitCode
 from isthmus.commands.lookup import Ambiguous, NoSuch
 from isthmus.jobfile import FileInvalid, sentence
+from isthmus.privacy.chain import ChainBroken
 from isthmus.submission import CannotDraw
 from isthmus.wire.problems import ProblemCode
 
@@ -60,6 +61,12 @@ def _explain(error: Exception) -> Failure:  # noqa: PLR0911 - a table: one line 
             return Failure(ExitCode.USAGE, str(error))
         case ValidationError():
             return Failure(ExitCode.USAGE, "; ".join(_said(details) for details in error.errors(include_url=False)))
+        case ChainBroken():
+            return Failure(
+                ExitCode.FAILED,
+                str(error),
+                "Ask the service's operator: its database was changed outside of the service.",
+            )
         case OSError(filename=str() as name, strerror=str() as why):
             return Failure(ExitCode.USAGE, f"{name}: {why}.")
         case IsthmusError():

@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Annotated, Final
 from uuid import UUID
 
-from pydantic import Field, StringConstraints
+from pydantic import AwareDatetime, Field, StringConstraints
 
 from isthmus.wire.base import Digest, Finite, Label, Request, Response, canonical_json
 from isthmus.wire.data import DatasetSchema
@@ -198,7 +198,7 @@ class AnnounceDataset(Request):
     """What the worker's own configuration allows."""
     lineage: Digest
     """Names the budget: the worker gives the same one to the same data under any name."""
-    signed_at: datetime
+    signed_at: AwareDatetime
     """When the worker signed; an announcement older than the last one is refused."""
     signature: Signature
     """Over `announcement_bytes`, by the worker's Ed25519 key: 64 bytes in hexadecimal."""

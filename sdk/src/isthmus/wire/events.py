@@ -30,6 +30,7 @@ class EventKind(StrEnum):
     DATASET_CONFIRMED = "dataset-confirmed"
     DATASET_RETIRED = "dataset-retired"
     DATASET_POLICY_SET = "dataset-policy-set"
+    DATASET_BUDGET_SET = "dataset-budget-set"
     JOB_CREATED = "job-created"
     MODEL_UPLOADED = "model-uploaded"
     JOB_STARTED = "job-started"

@@ -41,6 +41,7 @@ class ProblemCode(StrEnum):
     PRIVACY_IMPOSSIBLE = "privacy-impossible"
     BUDGET_EXHAUSTED = "budget-exhausted"
     POLICY_LOOSENED = "policy-loosened"
+    LEDGER_TAMPERED = "ledger-tampered"
     DATASET_SERVED_ELSEWHERE = "dataset-served-elsewhere"
     DATASET_NOT_CONFIRMED = "dataset-not-confirmed"
     # tasks and updates
@@ -98,6 +99,7 @@ PROBLEMS: Final[Mapping[ProblemCode, ProblemSpec]] = MappingProxyType(
         ProblemCode.PRIVACY_IMPOSSIBLE: ProblemSpec(409, "No noise reaches the job's privacy target"),
         ProblemCode.BUDGET_EXHAUSTED: ProblemSpec(409, "The dataset's privacy budget does not allow it"),
         ProblemCode.POLICY_LOOSENED: ProblemSpec(409, "A policy may be tightened here, never loosened"),
+        ProblemCode.LEDGER_TAMPERED: ProblemSpec(409, "The dataset's ledger was changed by hand"),
         ProblemCode.DATASET_SERVED_ELSEWHERE: ProblemSpec(409, "Another worker serves this dataset"),
         ProblemCode.DATASET_NOT_CONFIRMED: ProblemSpec(409, "The dataset is not confirmed by its steward"),
         ProblemCode.LEASE_LOST: ProblemSpec(409, "The lease was taken away; the task is offered anew"),

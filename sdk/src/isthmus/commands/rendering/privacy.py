@@ -13,6 +13,8 @@ from isthmus.wire.jobs import JobSpec
 from isthmus.wire.privacy import PrivacyReport, PrivacyUnit
 
 NO_PRIVACY = "No privacy is claimed"
+MOST_NAMED = 12
+"""Datasets with a name in the picture; more would fill it."""
 MISSING = "A picture needs matplotlib, which is not installed here: pip install 'isthmus[plots]'."
 
 
@@ -62,11 +64,12 @@ def _datasets(found: Outlook) -> Table:
 def _row(one: DatasetOutlook) -> tuple[Cell, ...]:
     if one.plan is None:
         return (one.name, one.rows, None, None, None, None, Text("out of reach", style="red"), None)
+    records = one.plan.unit is PrivacyUnit.RECORD
     return (
         one.name,
         one.rows,
-        f"{one.plan.sampling_probability:.3g}",
-        one.plan.steps_per_round,
+        f"{one.plan.sampling_probability:.3g}" if records else None,
+        one.plan.steps_per_round if records else None,
         f"{one.plan.noise_multiplier:g}",
         None if one.step_noise is None else f"{one.step_noise:.3g} of the clip",
         f"{one.plan.epsilon:.4g}",
@@ -74,7 +77,7 @@ def _row(one: DatasetOutlook) -> tuple[Cell, ...]:
     )
 
 
-def _epsilon_by_round(found: Outlook) -> list[Table]:
+def _epsilon_by_round(found: Outlook) -> list[Table | Text]:
     """Epsilon at some rounds, at the dataset where it ends highest."""
     planned = [one for one in found.datasets if one.plan is not None and one.epsilon_by_round]
     if not planned:
@@ -83,7 +86,8 @@ def _epsilon_by_round(found: Outlook) -> list[Table]:
     points = most.epsilon_by_round
     chosen = sorted({0, *(len(points) * part // 5 for part in range(1, 5)), len(points) - 1})
     shown = [(number, f"{epsilon:.4g}") for number, epsilon in (points[place] for place in chosen)]
-    return [table(["AFTER ROUND", "EPSILON"], shown, title=f"Epsilon by round at {most.name}")]
+    heading = Text(printable(f"Epsilon by round, at {most.name}"), style="bold")
+    return [heading, table(["AFTER ROUND", "EPSILON"], shown)]
 
 
 def _advice(found: Outlook) -> list[Text]:
@@ -107,11 +111,13 @@ def draw_outlook(path: Path, spec: JobSpec, found: Outlook) -> None:
         raise typer.BadParameter(MISSING) from None
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for one in planned:
-        axes.plot(*zip(*one.epsilon_by_round, strict=True), marker=".", label=one.name)
+    for place, one in enumerate(planned):
+        label = one.name if place < MOST_NAMED else None
+        axes.plot(*zip(*one.epsilon_by_round, strict=True), marker=".", label=label)
     if spec.privacy.epsilon is not None:
         axes.axhline(spec.privacy.epsilon, color="black", linestyle="--", linewidth=1, label="the job's target")
     axes.set_xlabel("round")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(f"epsilon at delta {spec.privacy.claimed_delta:g}")
     axes.set_ylim(bottom=0)
     axes.set_title(f"{spec.name}: what each dataset has spent after every round")

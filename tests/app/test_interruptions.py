@@ -1,18 +1,23 @@
-"""Whoever is interrupted while it works on the database gives its connection back, at whatever step that was.
+"""Whoever is interrupted while it works on the database ends, and gives its connection back, at whatever step that was.
 
 The event loop is taken for busy all the time: only then does psycopg let others run where it has nothing to wait for.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
+from pathlib import Path
 
 import psycopg.waiting
 import pytest
-from sqlalchemy import text
+from sqlalchemy import AsyncAdaptedQueuePool, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
+from app import coordinator
 from app.database import AdvisoryLocks, open_engine, open_sessions, open_single_statements, raw_connection
+from app.dependencies import Parts
+from app.main import open_parts
+from app.settings import Settings
 
 Work = Callable[[], Awaitable[None]]
 MANY_STEPS = 100
@@ -81,7 +86,8 @@ async def test_an_interrupted_session_gives_its_connection_back_as_it_was(
 
 
 def _taken(engine: AsyncEngine) -> int:
-    return engine.pool.checkedout()  # type: ignore[attr-defined]  # every pool but SQLAlchemy's base class has it
+    assert isinstance(engine.pool, AsyncAdaptedQueuePool)
+    return engine.pool.checkedout()
 
 
 @AGAIN
@@ -129,3 +135,29 @@ async def test_an_interruption_that_comes_together_with_a_connection_is_not_lost
             task.cancel()
             await asyncio.wait([task], timeout=PATIENCE_S)
             assert task.cancelled(), f"after {after} turns"
+
+
+async def test_a_coordinator_ends_though_its_routines_miss_the_first_word(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = list[str]()
+
+    async def deaf(_: Parts) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("heard")
+
+    for routine in ("_aggregate_forever", "_sweep_forever", "_collect_forever"):
+        monkeypatch.setattr(coordinator, routine, deaf)
+    monkeypatch.setattr(coordinator, "CANCEL_AGAIN_S", 0.05)
+    async with (
+        open_parts(Settings(database_url=database_url, data_dir=tmp_path / "data")) as parts,
+        asyncio.timeout(PATIENCE_S),
+        coordinator.coordinating(parts),
+    ):
+        await asyncio.sleep(0)
+
+    assert ended == ["heard"] * 3

@@ -1,0 +1,123 @@
+"""Sums of clipped gradients as whole numbers: what one record can change of them is bounded, and checked to the unit.
+
+As `isthmus.privacy.lattice` does with one update, this does with the gradients of many records at once, which are all
+summed: each record's, all its tensors as one vector, is scaled down to the clip, rounded to the lattice, and its norm
+checked in whole numbers. So two sets of records that differ by one have sums that differ by at most the lattice's
+sensitivity, not about, and noise on the same whole numbers covers it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.privacy.lattice import SAMPLE_SCALE, Lattice, variance_of
+
+_SHRINK: Final = 1.0 - 2.0**-20
+_LARGE: Final = 1 << 22
+
+Gradients = Sequence[NDArray[np.floating[Any]]]
+
+
+def record_lattice(clip_norm: float, noise_multiplier: float, elements: int) -> tuple[Lattice, int]:
+    """The finest lattice for gradients whose noise can be drawn, and the noise's variance on it.
+
+    Args:
+        clip_norm: C, above 0.
+        noise_multiplier: z, the noise's standard deviation in units of the sensitivity; above 0.
+        elements: of a gradient; from 1.
+
+    Returns:
+        A lattice with a power of two of steps, at most `SAMPLE_SCALE`; and sigma^2 = ceil((z D2)^2) in squared steps.
+
+    Raises:
+        ValueError: no lattice takes so much noise.
+    """
+    scale = SAMPLE_SCALE
+    while True:
+        lattice = Lattice(clip_norm, scale, elements)
+        try:
+            return lattice, variance_of(noise_multiplier, lattice.sensitivity)
+        except ValueError:
+            if scale == 1:
+                raise
+            scale >>= 1
+
+
+def clipped_sum(gradients: Gradients, lattice: Lattice) -> NDArray[np.float64]:
+    """The sum over records of their clipped gradients, in steps of the lattice.
+
+    Args:
+        gradients: one array a tensor, [records, elements of the tensor], float32 or float64. Not modified.
+        lattice: for as many elements as the tensors have together.
+
+    Returns:
+        [lattice.dimension] whole numbers as float64: the tensors one after the other. Sums of up to 2^28 records are exact.
+
+    Guarantees:
+        What one record adds is a function of its own row alone, and a vector of whole numbers whose squares add up to
+        at most `lattice.sensitivity`^2. A record whose gradient is not finite adds zeros: to fail would tell of it.
+
+    Edge cases:
+        a gradient within the bound is only rounded; one longer than float64 can square adds zeros.
+    """
+    records = len(gradients[0]) if gradients else 0
+    total = np.zeros(lattice.dimension)
+    if not records:
+        return total
+    # So many columns are worked on at a time that they stay in a core's cache. Not a question of how many records there
+    # are: sums of floats depend on how they are parted, and a record's must not depend on the others.
+    wide = 1 << (16 if lattice.dimension > _LARGE else 12)
+    room = np.empty((records, min(wide, max(array.shape[1] for array in gradients))))
+    factors = _factors(gradients, lattice, room, wide)
+    bound = float(lattice.sensitivity) ** 2  # below 2^53, like the sums of squares that may pass: exact
+    while True:
+        squares = _rounded_sum(gradients, factors, total, room, wide)
+        over = squares > bound
+        if not over.any():
+            return total
+        factors[over] *= _SHRINK
+
+
+def _factors(gradients: Gradients, lattice: Lattice, room: NDArray[np.float64], wide: int) -> NDArray[np.float64]:
+    """What each record's gradient is multiplied by; 0 where it is not finite."""
+    squares = np.zeros(len(room))
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        for array in gradients:
+            for start in range(0, array.shape[1], wide):
+                part = array[:, start : start + wide]
+                block = room[:, : part.shape[1]]
+                block[...] = part
+                squares += np.einsum("ij,ij->i", block, block)
+        norms = np.sqrt(squares)
+        factors = lattice.scale / np.maximum(norms, lattice.clip_norm)  # `Lattice.factor_of`, for all of them
+    factors[~np.isfinite(norms)] = 0.0
+    return factors
+
+
+def _rounded_sum(
+    gradients: Gradients,
+    factors: NDArray[np.float64],
+    total: NDArray[np.float64],
+    room: NDArray[np.float64],
+    wide: int,
+) -> NDArray[np.float64]:
+    """Overwrite `total` with the sum of the rounded multiples; the sum of squares of each record's."""
+    squares = np.zeros(len(room))
+    lost = np.flatnonzero(factors == 0.0)
+    column = factors[:, None]
+    place = 0
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        for array in gradients:
+            for start in range(0, array.shape[1], wide):
+                part = array[:, start : start + wide]
+                block = room[:, : part.shape[1]]
+                np.multiply(part, column, out=block)
+                if lost.size:
+                    block[lost] = 0.0  # NaN times 0 is NaN
+                np.rint(block, out=block)
+                squares += np.einsum("ij,ij->i", block, block)
+                np.add.reduce(block, axis=0, out=total[place : place + part.shape[1]])
+                place += part.shape[1]
+    return squares
