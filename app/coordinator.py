@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.database import clock
 from app.dependencies import Parts
 from app.models import IdempotencyKey, Round
+from app.participations.reservations import list_over, refund
 from app.participations.schedule import expire_grant, list_expired, list_stranded, release_stranded
 from app.queue import AGGREGATE_ROUND, ROUNDS, defer
 from app.retention import EVERY as ORPHANS_EVERY
@@ -149,6 +150,11 @@ async def sweep(parts: Parts, aggregation_retry: timedelta) -> None:
         async with _piece(parts, "a round", job_id) as session:
             job, of = await hold_round(session, round_id)
             await settle(session, parts.queue, job, of, await clock(session))
+    async with parts.single_statements() as session:  # after what ended grants and jobs
+        over = await list_over(session)
+    for job_id, participation_id in over:
+        async with _piece(parts, "a reservation", job_id) as session:
+            await refund(session, job_id, participation_id)
     async with _piece(parts, "forgotten aggregations") as session:
         await _defer_forgotten_aggregations(session, parts, aggregation_retry)
     async with _piece(parts, "old idempotency keys") as session:

@@ -50,4 +50,4 @@ async def _referred(sessions: Sessions, keys: Sequence[str]) -> set[str]:
             )
         )
         named = {digest for row in models for digest in row if digest is not None}
-    return set(updates) | {checkpoint_key(digest) for digest in named}
+    return {key for key in updates if key is not None} | {checkpoint_key(digest) for digest in named}

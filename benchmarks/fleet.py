@@ -17,15 +17,16 @@ from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.credentials import issue_key
-from app.models import ApiKey, Base, Dataset, Grant, Participation, Principal, Worker, uuid7
+from app.models import ApiKey, Base, Dataset, Grant, Ledger, Participation, Principal, Worker, uuid7
 from app.wakeups import OFFERS
 from isthmus.wire.datasets import AutomaticApproval, DatasetState, UsePolicy
 from isthmus.wire.jobs import JobSpec, JobView, ParticipationState
 from isthmus.wire.organizations import Role, Scope
+from isthmus.wire.privacy import PrivacyMode
 from isthmus.wire.rounds import TaskKind, TaskState
 from tests.acceptance.island import Island
 
-_OPEN = UsePolicy(purposes=("research",), automatic_approval=AutomaticApproval())
+_OPEN = UsePolicy(purposes=("research",), modes=(PrivacyMode.NONE,), automatic_approval=AutomaticApproval())
 _SPEC: dict[str, Any] = {
     "name": "waited-for",
     "model": {"layers": [{"linear": {"in": 1, "out": 2}}]},
@@ -92,11 +93,12 @@ async def add_members(session: AsyncSession, organization_id: UUID, job_id: UUID
     """So many workers of the organization, each with a key, a confirmed dataset and a grant for the job."""
     now = datetime.now(UTC)
     rows: dict[type[Base], list[dict[str, Any]]] = {
-        model: [] for model in (Principal, Worker, ApiKey, Dataset, Participation, Grant)
+        model: [] for model in (Principal, Worker, ApiKey, Ledger, Dataset, Participation, Grant)
     }
     members = []
     for index in range(number):
         key, principal, worker, dataset, participation = issue_key(), uuid7(), uuid7(), uuid7(), uuid7()
+        ledger, lineage = uuid7(), secrets.token_hex(32)
         name = f"agent-{index}"
         rows[Principal].append(
             {
@@ -129,6 +131,7 @@ async def add_members(session: AsyncSession, organization_id: UUID, job_id: UUID
                 "created_at": now,
             }
         )
+        rows[Ledger].append({"id": ledger, "organization_id": organization_id, "lineage": lineage})
         rows[Dataset].append(
             {
                 "id": dataset,
@@ -141,6 +144,11 @@ async def add_members(session: AsyncSession, organization_id: UUID, job_id: UUID
                 "task_kinds": [TaskKind.TRAIN.value],
                 "description": "made for a benchmark",
                 "policy": _OPEN.model_dump(mode="json"),
+                "announced_policy": _OPEN.model_dump(mode="json"),
+                "policy_signature": "",
+                "signed_at": now,
+                "lineage": lineage,
+                "ledger_id": ledger,
                 "announced_at": now,
                 "confirmed_at": now,
             }

@@ -24,6 +24,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from benchmarks.federation import DEFAULTS, database, ending_on_signals, trivial_job
 from benchmarks.processes import cpu_s, forget_peak, peak_mb, resident_mb
@@ -32,11 +33,10 @@ from isthmus.client import Client
 from isthmus.client.tasks import NoWork
 from isthmus.codec import arrays
 from isthmus.wire.data import ColumnKind, ColumnSchema, DatasetSchema
-from isthmus.wire.datasets import AnnounceDataset
 from isthmus.wire.organizations import CreateOrganization, Role
 from isthmus.wire.rounds import ClaimTask, TaskOffer
-from isthmus.wire.workers import EnrollWorker
 from tests.acceptance.island import POLICY, Island, Program, free_port, island, until
+from tests.running import announcement, introduction
 
 SITES: Final = 5
 LOCAL: Final[dict[str, Any]] = {"holdout": 0, "release": "local"}
@@ -108,11 +108,11 @@ class Ingest:
         steward = island._principal(f"{name}-steward", Role.STEWARD, organization.id)
         token = island.admin.organizations.issue_enrollment_token(organization.id).token
         with Client(island.url) as nobody:
-            key = nobody.workers.enroll(EnrollWorker(token=token, name=name, public_key=f"{number:064x}")).api_key
+            signing = Ed25519PrivateKey.generate()
+            key = nobody.workers.enroll(introduction(token, name, key=signing)).api_key
         with Client(island.url, key) as worker:
-            dataset = worker.datasets.announce(
-                "patients", AnnounceDataset(data_schema=DATA, rows=100, description="made for it")
-            )
+            told = announcement(signing, name, "patients", rows=100, columns=DATA.columns)
+            dataset = worker.datasets.announce("patients", told)
         steward.datasets.set_policy(dataset.id, POLICY)
         steward.datasets.confirm(dataset.id)
         return key

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import psycopg
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from benchmarks.federation import Federation, federation, trivial_job
 from benchmarks.tables import Report, Spread, arguments
@@ -136,9 +137,10 @@ def _waiters(running: Federation, workers: int) -> list[Waiter]:
             CreateOrganization(name=f"waits-{number}", display_name="waits")
         )
         token = island.admin.organizations.issue_enrollment_token(organization.id).token
+        signing = Ed25519PrivateKey.generate()
         with Client(island.url) as anybody:
-            worker = Client(island.url, anybody.workers.enroll(introduction(token)).api_key)
-        dataset = worker.datasets.announce("patients", announcement())
+            worker = Client(island.url, anybody.workers.enroll(introduction(token, key=signing)).api_key)
+        dataset = worker.datasets.announce("patients", announcement(signing, organization.name, "patients"))
         steward = island._principal(f"waits-{number}-steward", Role.STEWARD, organization.id)
         steward.datasets.set_policy(dataset.id, POLICY)
         steward.datasets.confirm(dataset.id)

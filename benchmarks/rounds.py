@@ -118,7 +118,7 @@ def measure(
     ):
         sockets.round()  # pages and buffers are touched for the first time
         floor = [sockets.round() for _ in range(3)]
-        privacy = {} if clip is None else {"privacy": {"clip_norm": clip}}
+        privacy = {} if clip is None else {"privacy": {"unit": "none", "clip_norm": clip}}
         spec = trivial_job(model_mb, rounds, workers, **privacy)
         found = measure_job(running, spec, rounds, profiled=profile is not None)
         floor += [sockets.round() for _ in range(3)]

@@ -14,7 +14,7 @@ from app.dependencies import Caller
 from app.errors import JobNotDraft, ModelMissing, NotFound
 from app.federation.lifecycle import JobEvent, advance_job
 from app.models import Checkpoint, Job, Principal, Round
-from app.participations.service import request_participations
+from app.participations.service import plan_ahead, request_participations
 from app.rounds.closing import cancel as close_cancelled
 from app.rounds.closing import settle
 from app.rounds.opening import begin_if_enough, proceed
@@ -95,15 +95,18 @@ async def start(session: AsyncSession, caller: Caller, job_id: UUID) -> None:
         NoMatchingDataset: too few datasets could ever take part.
         TransitionRefused: it was started before.
     """
+    draft = await _own(session, caller, job_id, locked=False)
+    advance_job(draft.state, JobEvent.STARTED)
+    if draft.model_digest is None:
+        raise ModelMissing
+    plans = await plan_ahead(session, draft)
     job = await _own(session, caller, job_id)
     state = advance_job(job.state, JobEvent.STARTED)
-    if job.model_digest is None:
-        raise ModelMissing
     owner = (await session.scalars(select(Principal).where(Principal.id == caller.principal_id))).one()
     now = await clock(session)
     job.state, job.started_at = state, now
     append(session, job_stream(job_id), EventKind.JOB_STARTED, at=now, actor=caller.name, model=job.model_digest)
-    await request_participations(session, job, owner, now)
+    await request_participations(session, job, owner, plans, now)
     await begin_if_enough(session, job, now)
     await announce_change(session, job_id)
 

@@ -72,8 +72,8 @@ def _require_untouched(entries: list[LedgerEntryView], ledger: Ledger, *, whole:
         verify(entries, sequence=sequence, head=head, until=until)
     except ChainBroken as broken:
         raise LedgerTampered(
-            f"{broken} Somebody changed it past the service. Compare it with the ledger of the dataset's worker "
-            "(`isthmus-worker dataset ledger`), which is the authority, and tell who runs this platform."
+            f"{broken} Somebody changed it past the service. The ledger that the dataset's worker keeps is the "
+            "authority: go by that one, and tell whoever runs this platform."
         ) from broken
 
 

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from operator import le
 from typing import Any, Final
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import BigInteger, Integer, String, Uuid, bindparam, exists, insert, select
+from sqlalchemy import BigInteger, Integer, String, Uuid, bindparam, exists, func, insert, select
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -45,6 +46,11 @@ class Spend:
     created_at: datetime
 
 
+_LESS_PROMISED: Final = "This release costs more than is still promised to the grant. A steward can approve it anew."
+_NOT_HELD: Final = (
+    "The dataset's privacy budget does not hold this on top of what is spent and promised, or it was lowered or taken "
+    "away meanwhile. What was promised to grants that are over comes back to it."
+)
 _ENTRY: Final[dict[str, Any]] = {
     "id": Uuid(),
     "ledger_id": Uuid(),
@@ -123,6 +129,29 @@ async def charge(
     if standing.digest != digest:
         raise UpdateConflict
     return Spend(standing.id, standing.created_at)
+
+
+async def require_promised(session: AsyncSession, account: Account, price: Price) -> datetime:
+    """See that a release which is spent for later is promised now; the time, by Postgres's clock.
+
+    Needs the locks of the participation and the ledger, taken by an earlier statement.
+
+    Raises:
+        BudgetExhausted: it costs more than is still promised, or the ledger is closed.
+    """
+    found = await session.execute(
+        select(Participation.reserved_nano, Participation.reserved_draws, Ledger.closed, func.clock_timestamp())
+        .join(Ledger, Ledger.id == account.ledger_id)
+        .where(Participation.id == account.participation_id)
+    )
+    nano, draws, closed, now = found.one()
+    promised = nano is not None and all(map(le, price.cost.nano, nano)) and price.cost.draws <= draws
+    if price.cost != Cost.zero() and not promised:
+        raise BudgetExhausted(_LESS_PROMISED)
+    if price.cost != Cost.zero() and closed:
+        raise BudgetExhausted(_NOT_HELD)
+    moment: datetime = now
+    return moment
 
 
 async def reserve(session: AsyncSession, account: Account, price: Price, *, elements: int) -> None:
@@ -205,14 +234,9 @@ async def _refusing() -> AsyncIterator[None]:
         cause = error.orig
         constraint = cause.diag.constraint_name if isinstance(cause, psycopg.Error) else None
         if constraint == "ck_participations_within_reservation":
-            raise BudgetExhausted(
-                "This release costs more than is still reserved for the grant. Its steward can approve it anew."
-            ) from error
+            raise BudgetExhausted(_LESS_PROMISED) from error
         if constraint == "ck_ledgers_within_budget" or isinstance(cause, psycopg.errors.NumericValueOutOfRange):
-            raise BudgetExhausted(
-                "The dataset's privacy budget does not hold this on top of what is spent and promised, or it was "
-                "lowered or taken away meanwhile. What was promised to grants that are over comes back to it."
-            ) from error
+            raise BudgetExhausted(_NOT_HELD) from error
         raise
 
 

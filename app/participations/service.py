@@ -1,6 +1,7 @@
 """Asking for participations, granting and ending them; a grant that ends is honoured in the middle of a job."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -12,19 +13,26 @@ from app.audit.service import append, job_stream
 from app.blobs import BlobStore
 from app.database import clock
 from app.dependencies import Caller
-from app.errors import GrantRefusedByPolicy, NoMatchingDataset, StateConflict
+from app.errors import BudgetExhausted, GrantRefusedByPolicy, NoMatchingDataset, PrivacyImpossible, StateConflict
 from app.federation.lifecycle import ENDED_JOBS, OPEN_TASKS
+from app.ledger.pricing import elements_of, plan_for, price_of_grant
+from app.ledger.service import Account, give_back, hold_ledger, reserve, shortfall
 from app.models import Dataset, Grant, Job, Organization, Participation, Principal, Round, Task, Update, Worker
 from app.participations.queries import find_own
+from app.participations.reservations import has_released, price_of_awaited
 from app.rounds.closing import settle
 from app.rounds.opening import begin_if_enough
 from app.rounds.queries import find_open_round, get_job
 from app.wakeups import announce_change
 from isthmus.federation.rounds import number_after
+from isthmus.privacy.cost import Cost
+from isthmus.privacy.planning import PlanImpossible
 from isthmus.wire.data import DatasetSchema, misfits
 from isthmus.wire.datasets import DatasetState, UsePolicy, policy_objections
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import ApproveParticipation, JobSpec, JobState, ParticipationState
+from isthmus.wire.manifest import Manifest
+from isthmus.wire.privacy import PrivacyPlan
 from isthmus.wire.rounds import RoundPhase, TaskState, kind_of_round
 
 RENEWABLE = (ParticipationState.EXPIRED, ParticipationState.EXHAUSTED)
@@ -39,13 +47,37 @@ def needed_kinds(spec: JobSpec) -> frozenset[str]:
     return frozenset(kind_of_round(number, spec.rounds).value for number in numbers)
 
 
-async def request_participations(session: AsyncSession, job: Job, owner: Principal, now: datetime) -> None:
-    """Ask every dataset that fits the job. Its policy may refuse at once, or grant by rule; else its steward decides.
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A dataset that fits a job, and what the job's privacy section becomes there."""
 
-    Raises:
-        NoMatchingDataset: fewer datasets than a round needs fit and may be asked; says why each of the others does not.
+    name: str
+    dataset: Dataset
+    plan: PrivacyPlan | None
+    objection: str | None
+    """Why the dataset is not asked: its policy, its budget, or that no noise would do."""
+
+
+Plans = dict[int, PrivacyPlan | PlanImpossible | None]
+"""Declared rows -> what the job's privacy section becomes at a dataset of so many records."""
+
+
+async def plan_ahead(session: AsyncSession, job: Job) -> Plans:
+    """Compute, before anything is locked, what the job's privacy section becomes at the datasets that fit it.
+
+    Each takes some tenths of a second, in a thread; datasets with equal numbers of rows have the same.
     """
     spec = JobSpec.model_validate(job.spec)
+    fitting, _ = await _fitting(session, spec)
+    return {rows: await _plan_at(spec, job, rows) for rows in {dataset.rows for _, dataset in fitting}}
+
+
+async def _plan_at(spec: JobSpec, job: Job, rows: int) -> PrivacyPlan | PlanImpossible | None:
+    return await plan_for(spec, rows, elements_of(Manifest.model_validate(job.manifest)))
+
+
+async def _fitting(session: AsyncSession, spec: JobSpec) -> tuple[list[tuple[str, Dataset]], list[str]]:
+    """The datasets whose columns and kinds of tasks fit a job, by name; and why each of the others does not."""
     found = await session.execute(
         select(Dataset, Organization.name)
         .join(Organization, Organization.id == Dataset.organization_id)
@@ -53,7 +85,7 @@ async def request_participations(session: AsyncSession, job: Job, owner: Princip
         .where(Dataset.state == DatasetState.CONFIRMED, Worker.revoked_at.is_(None))
         .order_by(Dataset.id)
     )
-    asked, reasons = [], []
+    fitting, reasons = [], []
     listed = {f"{organization}/{dataset.name}": dataset for dataset, organization in found}
     wanted = spec.data.datasets
     for name in sorted(listed) if wanted is None else sorted(set(wanted)):
@@ -68,41 +100,93 @@ async def request_participations(session: AsyncSession, job: Job, owner: Princip
         if unfit:
             reasons.append(f"{name}: {' '.join(unfit)}")
             continue
-        asked.append((name, dataset))
-    objections = {
-        dataset.id: policy_objections(UsePolicy.model_validate(dataset.policy), spec, principal=owner.name)
-        for _, dataset in asked
-    }
-    reasons += [f"{name}: policy: {' '.join(objections[d.id])}" for name, d in asked if objections[d.id]]
-    able = [dataset for _, dataset in asked if not objections[dataset.id]]
-    if len(able) < spec.cohort.min_updates:
+        fitting.append((name, dataset))
+    return fitting, reasons
+
+
+async def request_participations(
+    session: AsyncSession, job: Job, owner: Principal, plans: Plans, now: datetime
+) -> None:
+    """Ask every dataset that fits the job. Its policy may refuse at once, or grant by rule; else its steward decides.
+
+    A dataset whose budget does not hold the job's whole cost there refuses it now, and not after days of waiting.
+
+    Args:
+        plans: see `plan_ahead`.
+
+    Raises:
+        NoMatchingDataset: fewer datasets than a round needs fit and may be asked; says why each of the others does not.
+    """
+    spec = JobSpec.model_validate(job.spec)
+    fitting, reasons = await _fitting(session, spec)
+    asked = [await _asked(session, job, spec, owner, plans, name, dataset) for name, dataset in fitting]
+    asked = await _within_budgets(session, spec, job, asked)
+    reasons += [f"{item.name}: {item.objection}" for item in asked if item.objection is not None]
+    able = sum(item.objection is None for item in asked)
+    if able < spec.cohort.min_updates:
         raise NoMatchingDataset(
-            f"{len(able)} datasets fit the job and allow it; it needs {spec.cohort.min_updates}. "
-            + " ".join(reasons[:10])
+            f"{able} datasets fit the job and allow it; it needs {spec.cohort.min_updates}. " + " ".join(reasons[:10])
         )
-    for name, dataset in asked:
-        await _request(session, job, spec, owner, name, dataset, objections[dataset.id], now)
+    for item in asked:
+        await _request(session, job, spec, owner, item, now)
+
+
+async def _asked(
+    session: AsyncSession, job: Job, spec: JobSpec, owner: Principal, plans: Plans, name: str, dataset: Dataset
+) -> _Asked:
+    plan = plans[dataset.rows] if dataset.rows in plans else await _plan_at(spec, job, dataset.rows)
+    if isinstance(plan, PlanImpossible):
+        return _Asked(name, dataset, None, f"privacy: {plan}.")
+    objections = policy_objections(UsePolicy.model_validate(dataset.policy), spec, principal=owner.name, plan=plan)
+    return _Asked(name, dataset, plan, f"policy: {' '.join(objections)}" if objections else None)
+
+
+async def _within_budgets(session: AsyncSession, spec: JobSpec, job: Job, asked: list[_Asked]) -> list[_Asked]:
+    """The same, with an objection where a ledger does not hold the job. Ledgers stay locked, in the order of ids."""
+    concerned = [item.dataset.id for item in asked if item.plan is not None and item.objection is None]
+    ledger_ids = await session.scalars(
+        select(Dataset.ledger_id).where(Dataset.id.in_(concerned)).order_by(Dataset.id).with_for_update(read=True)
+    )
+    ledgers = {ledger_id: await hold_ledger(session, ledger_id) for ledger_id in sorted(set(ledger_ids))}
+    elements = elements_of(Manifest.model_validate(job.manifest))
+    promised = dict.fromkeys(ledgers, Cost.zero())  # to datasets of the same lineage, which are asked by this same job
+    found = []
+    for item in asked:
+        objection, ledger_id = None, item.dataset.ledger_id
+        if item.plan is not None and item.objection is None:
+            objection = await shortfall(
+                ledgers[ledger_id],
+                spec,
+                item.plan,
+                rounds=spec.rounds,
+                elements=elements,
+                besides=promised[ledger_id],
+            )
+            if objection is None:
+                promised[ledger_id] += (await price_of_grant(spec, item.plan, spec.rounds, elements)).cost
+        found.append(item if objection is None else replace(item, objection=f"budget: {objection}"))
+    return found
 
 
 async def _request(
-    session: AsyncSession,
-    job: Job,
-    spec: JobSpec,
-    owner: Principal,
-    name: str,
-    dataset: Dataset,
-    objections: list[str],
-    now: datetime,
+    session: AsyncSession, job: Job, spec: JobSpec, owner: Principal, asked: _Asked, now: datetime
 ) -> None:
-    participation = Participation(job_id=job.id, dataset_id=dataset.id, declared_rows=dataset.rows, created_at=now)
+    dataset, name = asked.dataset, asked.name
+    participation = Participation(
+        job_id=job.id,
+        dataset_id=dataset.id,
+        declared_rows=dataset.rows,
+        plan=None if asked.plan is None else asked.plan.model_dump(mode="json"),
+        created_at=now,
+    )
     events: list[tuple[EventKind, dict[str, object]]] = [
         (EventKind.PARTICIPATION_REQUESTED, {"dataset": name, "purpose": spec.purpose})
     ]
     grant = None
     rule, ruler = UsePolicy.model_validate(dataset.policy).automatic_approval, dataset.policy_set_by
-    if objections:
+    if asked.objection is not None:
         participation.state = ParticipationState.REJECTED
-        participation.detail = f"The dataset's policy refuses: {' '.join(objections)}"
+        participation.detail = f"The dataset refuses: {asked.objection}"
         events.append((EventKind.PARTICIPATION_REJECTED, {"dataset": name, "detail": participation.detail}))
     elif rule is not None and ruler is not None and spec.rounds <= rule.max_rounds:
         participation.state = ParticipationState.APPROVED
@@ -121,8 +205,15 @@ async def _request(
         grant.participation_id = participation.id
         session.add(grant)
         await session.flush()
+        elements = elements_of(Manifest.model_validate(job.manifest))
+        price = await price_of_grant(spec, asked.plan, spec.rounds, elements)
+        await reserve(session, _account(participation, dataset.ledger_id), price, elements=elements)
     for kind, data in events:
         append(session, job_stream(job.id), kind, at=now, actor=owner.name, **data)
+
+
+def _account(participation: Participation, ledger_id: UUID) -> Account:
+    return Account(ledger_id, participation.dataset_id, participation.job_id, participation.id)
 
 
 def _granted(name: str, grant: Grant) -> dict[str, object]:
@@ -138,14 +229,18 @@ def _granted(name: str, grant: Grant) -> dict[str, object]:
 async def approve(session: AsyncSession, caller: Caller, participation_id: UUID, asked: ApproveParticipation) -> None:
     """Grant a participation: for a purpose, until a time, for a number of rounds. Its weight is frozen now.
 
-    A grant that has expired or is used up is renewed: the rounds come on top of those that were used.
+    Its whole cost is reserved in this transaction. A grant that has expired or is used up is renewed: the rounds come
+    on top of those that were used, and what the former one did not spend goes back first.
 
     Raises:
         NotFound: missing, or another organization's.
         StateConflict: it was decided before, or the job is over.
         GrantRefusedByPolicy: the dataset's own policy forbids it, or the grant would be for another purpose.
+        PrivacyImpossible: the dataset has another number of rows now, and no noise reaches the job's target there.
+        BudgetExhausted: the dataset's budget does not hold what the grant can cost.
     """
     job_id, dataset_id = await find_own(session, caller, participation_id)
+    ahead = await _plan_anew(session, job_id, dataset_id, participation_id)
     job = await get_job(session, job_id, "update")
     participation = await _lock(session, participation_id)
     if job.state in ENDED_JOBS:
@@ -158,10 +253,12 @@ async def approve(session: AsyncSession, caller: Caller, participation_id: UUID,
             .join(Organization, Organization.id == Dataset.organization_id)
             .join(Principal, Principal.id == job.owner_id)
             .where(Dataset.id == dataset_id)
+            .with_for_update(read=True, of=Dataset)  # its policy, its rows and its ledger stay as they are
         )
     ).one()
     spec = JobSpec.model_validate(job.spec)
-    objections = policy_objections(UsePolicy.model_validate(dataset.policy), spec, principal=owner)
+    plan = await _freeze_plan(session, job, spec, participation, dataset.rows, ahead)
+    objections = policy_objections(UsePolicy.model_validate(dataset.policy), spec, principal=owner, plan=plan)
     if asked.purpose is not None and asked.purpose != spec.purpose:
         objections.append(f"purpose: the job is for {spec.purpose!r}, not for {asked.purpose!r}.")
     if objections:
@@ -171,13 +268,15 @@ async def approve(session: AsyncSession, caller: Caller, participation_id: UUID,
     if grant is None:
         grant = Grant(participation_id=participation.id, rounds_used=0)
         session.add(grant)
-    grant.purpose, grant.rounds = spec.purpose, grant.rounds_used + (asked.rounds or spec.rounds)
+    rounds = asked.rounds or spec.rounds
+    grant.purpose, grant.rounds = spec.purpose, grant.rounds_used + rounds
     grant.expires_at = now + timedelta(seconds=asked.expires_in_s or GRANT_S)
     grant.granted_by, grant.granted_at, grant.ended_at = caller.principal_id, now, None
     grant.by_rule = False
     participation.state, participation.detail = ParticipationState.APPROVED, None
-    participation.declared_rows = dataset.rows
     await session.flush()
+    if plan is not None:
+        await _reserve_grant(session, job, spec, plan, participation, dataset.ledger_id, rounds)
     name = f"{organization}/{dataset.name}"
     append(
         session,
@@ -189,6 +288,70 @@ async def approve(session: AsyncSession, caller: Caller, participation_id: UUID,
     )
     await begin_if_enough(session, job, now)
     await announce_change(session, job_id)
+
+
+async def _plan_anew(session: AsyncSession, job_id: UUID, dataset_id: UUID, participation_id: UUID) -> Plans:
+    """The plan for the rows that a dataset has now, computed before anything is locked."""
+    rows, declared = (
+        await session.execute(
+            select(Dataset.rows, Participation.declared_rows)
+            .join(Participation, Participation.dataset_id == Dataset.id)
+            .where(Dataset.id == dataset_id, Participation.id == participation_id)
+        )
+    ).one()
+    if rows == declared:
+        return {}
+    job = await get_job(session, job_id)
+    return {rows: await _plan_at(JobSpec.model_validate(job.spec), job, rows)}
+
+
+async def _freeze_plan(
+    session: AsyncSession, job: Job, spec: JobSpec, participation: Participation, rows: int, ahead: Plans
+) -> PrivacyPlan | None:
+    """The rows and the plan by which a participation counts from now on.
+
+    Those of a dataset that has changed since it was asked are taken anew, unless something was released under a plan:
+    the job's claim holds for one plan from the first round to the last.
+
+    Raises:
+        PrivacyImpossible: no noise reaches the job's target at so many rows.
+    """
+    plan = None if participation.plan is None else PrivacyPlan.model_validate(participation.plan)
+    if rows == participation.declared_rows or (plan is not None and await has_released(session, participation.id)):
+        return plan
+    anew = ahead[rows] if rows in ahead else await _plan_at(spec, job, rows)
+    if isinstance(anew, PlanImpossible):
+        raise PrivacyImpossible(f"The dataset has {rows} rows now, and there {anew}")
+    participation.declared_rows = rows
+    participation.plan = None if anew is None else anew.model_dump(mode="json")
+    return anew
+
+
+async def _reserve_grant(
+    session: AsyncSession,
+    job: Job,
+    spec: JobSpec,
+    plan: PrivacyPlan,
+    participation: Participation,
+    ledger_id: UUID,
+    rounds: int,
+) -> None:
+    """Reserve what a grant of `rounds` more rounds can cost; of rounds that the job does not have any more, nothing.
+
+    Raises:
+        BudgetExhausted: the budget does not hold it. Says what would pass.
+    """
+    elements = elements_of(Manifest.model_validate(job.manifest))
+    account = _account(participation, ledger_id)
+    await hold_ledger(session, ledger_id)
+    awaited = await price_of_awaited(session, job, spec, participation.id, plan, elements)
+    await give_back(session, account, spec.privacy.mode, keep=awaited)
+    ledger = await hold_ledger(session, ledger_id)  # as it stands after that
+    counted = min(rounds, spec.rounds - job.rounds_completed)
+    lacking = await shortfall(ledger, spec, plan, rounds=counted, elements=elements)
+    if lacking is not None:
+        raise BudgetExhausted(lacking)
+    await reserve(session, account, await price_of_grant(spec, plan, counted, elements), elements=elements)
 
 
 async def reject(session: AsyncSession, caller: Caller, participation_id: UUID, note: str) -> None:
@@ -295,7 +458,7 @@ async def _exclude(
         digest=accepted.digest,
         accepted=of.accepted,
     )
-    return [accepted.blob_key]
+    return [] if accepted.blob_key is None else [accepted.blob_key]
 
 
 async def cancel_tasks(session: AsyncSession, participation_ids: Sequence[UUID], detail: str) -> None:

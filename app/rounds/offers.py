@@ -27,7 +27,7 @@ from app.errors import LeaseLost, TaskNotClaimed, TaskNotOpen
 from app.models import Checkpoint, Dataset, Grant, Job, Organization, Participation, Principal, Round, Task, Worker
 from app.rounds.closing import settle
 from app.rounds.queries import get_task, hold_round, hold_task
-from app.rounds.specs import manifest_of, manifest_of_task, spec_of
+from app.rounds.specs import manifest_of, manifest_of_task, plan_of, spec_of
 from app.settings import Settings
 from app.wakeups import announce_change
 from isthmus.wire.data import FeatureStatistics
@@ -163,6 +163,7 @@ def _offer(settings: Settings, row: tuple[Any, ...]) -> TaskOffer:
         model_manifest=manifest,
         upload_manifest=manifest_of_task(job, kind, of.number),
         statistics=None if job.statistics is None else FeatureStatistics.model_validate(job.statistics),
+        plan=plan_of(participation),
     )
 
 

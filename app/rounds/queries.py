@@ -18,6 +18,7 @@ from app.models import (
     EventStream,
     Grant,
     Job,
+    Ledger,
     Organization,
     Participation,
     Round,
@@ -131,11 +132,13 @@ class HeldTask:
     dataset_id: UUID
     dataset: str
     dataset_state: DatasetState
+    ledger_id: UUID
     organization: str
 
 
 _HELD: Final = (
-    select(Job, Round, Task, Participation, Grant, Dataset.id, Dataset.name, Dataset.state, Organization.name, *_STREAM)
+    select(Job, Round, Task, Participation, Grant, Dataset.id, Dataset.name, Dataset.state, Ledger.id)
+    .add_columns(Organization.name, *_STREAM)
     .select_from(Task)
     .join(Job, Job.id == Task.job_id)
     .join(EventStream, _OF_JOB)
@@ -143,13 +146,17 @@ _HELD: Final = (
     .join(Participation, Participation.id == Task.participation_id)
     .join(Grant, Grant.participation_id == Participation.id)
     .join(Dataset, Dataset.id == Participation.dataset_id)
+    .join(Ledger, Ledger.id == Dataset.ledger_id)
     .join(Organization, Organization.id == Dataset.organization_id)
     .where(Task.id == bindparam("task_id"), Task.worker_id == bindparam("worker_id"))
     .execution_options(populate_existing=True)
 )
 # Postgres locks a row's tables in the order in which the clauses name them, and then judges the newest versions.
 _ADMITTING: Final = _HELD.suffix_with(
-    text("FOR SHARE OF jobs, rounds FOR UPDATE OF tasks, participations, grants FOR NO KEY UPDATE OF datasets")
+    text(
+        "FOR SHARE OF jobs, rounds FOR UPDATE OF tasks, participations, grants FOR SHARE OF datasets "
+        "FOR NO KEY UPDATE OF ledgers"
+    )
 )
 _ACCEPTING: Final = _HELD.suffix_with(
     text("FOR UPDATE OF jobs, rounds, tasks FOR SHARE OF participations FOR UPDATE OF event_streams")
@@ -161,8 +168,8 @@ async def hold_task(
 ) -> HeldTask:
     """The worker's task, locked with what decides about it, in the order of the house and in one statement.
 
-    To `admit`, a job and a round are only shared: admissions of one round do not wait for each other; the dataset is
-    locked last, for its ledger. To `accept` or to end a task, job and round are locked alone.
+    To `admit`, a job and a round are only shared: admissions of one round do not wait for each other; the dataset's
+    ledger is locked last. To `accept` or to end a task, job and round are locked alone.
 
     Raises:
         NotFound: the task is not the worker's, or there is none.

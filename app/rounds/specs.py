@@ -8,9 +8,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Final, Generic, TypeVar
 
-from app.models import Job
+from app.models import Job, Participation
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.manifest import Manifest
+from isthmus.wire.privacy import PrivacyPlan
 from isthmus.wire.rounds import TaskKind, evaluates_in_round, task_manifest
 
 KEPT: Final = 256
@@ -60,3 +61,8 @@ def manifest_of_task(job: Job, kind: TaskKind, number: int) -> Manifest:
     spec = spec_of(job)
     key = (job.id, kind, evaluates_in_round(spec, number))
     return _manifests.get(key, lambda: task_manifest(kind, spec, number, manifest_of(job)))
+
+
+def plan_of(participation: Participation) -> PrivacyPlan | None:
+    """What the job's privacy section becomes at the participation's dataset; None: the job claims no privacy."""
+    return None if participation.plan is None else PrivacyPlan.model_validate(participation.plan)

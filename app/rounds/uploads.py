@@ -1,5 +1,6 @@
 """Updates: admitted from their headers, spent before a byte is read, accepted once their bytes are durable."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,21 +32,24 @@ from app.errors import (
     UpdateConflict,
 )
 from app.federation.lifecycle import OPEN_TASKS
-from app.ledger.service import charge
+from app.ledger.pricing import elements_of, price_of_round, spends_when_summed
+from app.ledger.service import Account, charge, require_promised
 from app.models import Job, Participation, Round, Task, Update
 from app.rounds.closing import settle
 from app.rounds.queries import HeldTask, find_update, hold_task
-from app.rounds.specs import manifest_of_task, spec_of
+from app.rounds.specs import manifest_of, manifest_of_task, plan_of, spec_of
 from app.settings import Settings
 from app.wakeups import announce_change
 from isthmus.codec.header import length_bounds
 from isthmus.codec.scanner import UpdateScanner
 from isthmus.federation.rounds import weight_of
 from isthmus.privacy.clipping import norm_bound
+from isthmus.privacy.lattice import UPDATE_SCALE
 from isthmus.wire.datasets import DatasetState
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobSpec, JobState, ParticipationState
 from isthmus.wire.manifest import Manifest
+from isthmus.wire.privacy import NoisePlace, PrivacyPlan, PrivacyUnit
 from isthmus.wire.rounds import (
     STATISTICS_PREFIX,
     RoundPhase,
@@ -77,10 +81,12 @@ class Admission:
 
     task_id: UUID
     manifest: Manifest
-    kind: TaskKind
-    clip_norm: float | None
-    noise_multiplier: float
-    elements: int
+    norm_bound: float | None
+    """L2 norm that an honest update does not exceed; None: the job bounds none."""
+    told: str
+    """Where that bound comes from."""
+    exact_statistics: bool
+    """Whether statistics are as the rows gave them; noised ones need not fit together."""
 
 
 class UpdateInspector:
@@ -103,22 +109,24 @@ class UpdateInspector:
         """
         self.scanner.finish()
         asked = self._admission
-        if asked.kind is TaskKind.TRAIN and asked.clip_norm is not None:
-            bound = norm_bound(asked.clip_norm, asked.noise_multiplier, asked.elements) * (1 + NORM_TOLERANCE)
-            if self.scanner.l2_norm > bound:
-                raise NormTooLarge(
-                    f"The update has L2 norm {self.scanner.l2_norm:.6g}; with clip_norm {asked.clip_norm:g} and "
-                    f"noise_multiplier {asked.noise_multiplier:g} it is at most {bound:.6g}."
-                )
-        _check_released(self.scanner.captured)
+        if asked.norm_bound is not None and self.scanner.l2_norm > asked.norm_bound:
+            raise NormTooLarge(
+                f"The update has L2 norm {self.scanner.l2_norm:.6g}; with {asked.told} it is at most "
+                f"{asked.norm_bound:.6g}."
+            )
+        _check_released(self.scanner.captured, exact=asked.exact_statistics)
 
     def released(self) -> dict[str, Any]:
         """Metrics and statistics by name: numbers, or lists of them."""
         return {name: array.tolist() for name, array in sorted(self.scanner.captured.items())}
 
 
-def _check_released(captured: Mapping[str, NDArray[np.float64]]) -> None:
+def _check_released(captured: Mapping[str, NDArray[np.float64]], *, exact: bool) -> None:
     """Refuse results that no rows have, or that are too large to be pooled with others'.
+
+    Args:
+        captured: by name.
+        exact: no noise was added; with noise, there may be more values of a column than rows.
 
     Raises:
         InvalidRequest: names the tensor.
@@ -132,7 +140,7 @@ def _check_released(captured: Mapping[str, NDArray[np.float64]]) -> None:
             raise InvalidRequest(f"{name} is a number of records: it is whole and not negative.")
     if f"{STATISTICS_PREFIX}rows" in captured:
         count, squares = captured[f"{STATISTICS_PREFIX}count"], captured[f"{STATISTICS_PREFIX}m2"]
-        if bool(np.any(count > captured[f"{STATISTICS_PREFIX}rows"])):
+        if exact and bool(np.any(count > captured[f"{STATISTICS_PREFIX}rows"])):
             raise InvalidRequest(f"{STATISTICS_PREFIX}count says more values than there are rows.")
         if bool(np.any(squares < 0)):
             raise InvalidRequest(f"{STATISTICS_PREFIX}m2 is a sum of squares: it is not negative.")
@@ -160,6 +168,7 @@ async def admit_update(
         LeaseLost, TaskNotClaimed, TaskNotOpen: the task is not this worker's to hand in for.
         JobNotRunning, RoundNotCollecting, GrantWithdrawn, DatasetNotConfirmed: nothing is taken any more.
         UpdateConflict: other bytes were admitted or accepted.
+        BudgetExhausted: the round costs more than is still promised to the grant, or the ledger is closed.
         BodyTooLarge, TensorsMismatch: a body of this length cannot fit the manifest. Nothing is spent.
     """
     held = await hold_task(session, task_id, worker_id, "admit")
@@ -183,47 +192,71 @@ async def admit_update(
         raise UpdateConflict
     task.state = TaskState.UPLOADING
     task.lease_expires_at = task.progress_until = func.clock_timestamp() + settings.lease
+    bound, told = _norm_bound(spec, plan_of(held.participation), task.kind, manifest)
     return Admission(
         task_id=task_id,
         manifest=manifest,
-        kind=task.kind,
-        clip_norm=spec.privacy.clip_norm,
-        noise_multiplier=spec.privacy.noise_multiplier,
-        elements=sum(
-            tensor.elements
-            for name, tensor in manifest.tensors.items()
-            if not name.startswith(("metrics/", "statistics/"))
-        ),
+        norm_bound=bound,
+        told=told,
+        exact_statistics=spec.privacy.unit is PrivacyUnit.NONE,
     )
+
+
+def _norm_bound(
+    spec: JobSpec, plan: PrivacyPlan | None, kind: TaskKind, manifest: Manifest
+) -> tuple[float | None, str]:
+    """How long an honest update may be, and why; None where nothing bounds it.
+
+    What DP-SGD made of noised gradients is as long as it is: it was protected step by step, and is not clipped again.
+    """
+    clip_norm = spec.privacy.clip_norm
+    if kind is not TaskKind.TRAIN or clip_norm is None or spec.privacy.unit is PrivacyUnit.RECORD:
+        return None, ""
+    elements = sum(
+        tensor.elements for name, tensor in manifest.tensors.items() if not name.startswith(("metrics/", "statistics/"))
+    )
+    noise, told = 0.0, f"clip_norm {clip_norm:g}"
+    if plan is not None and plan.where is NoisePlace.LOCAL:
+        # Another update in its place moves it by twice the clip. A little more for the lattice's own rounding.
+        noise = plan.noise_multiplier * 2 * (1 + math.sqrt(elements) / UPDATE_SCALE)
+        told += f" and noise_multiplier {plan.noise_multiplier:g}"
+    return norm_bound(clip_norm, noise, elements) * (1 + NORM_TOLERANCE + math.sqrt(elements) / UPDATE_SCALE), told
 
 
 async def _spend(session: AsyncSession, held: HeldTask, spec: JobSpec, manifest: Manifest, digest: str) -> None:
     """Charge the dataset and use up one round of the grant.
 
+    Where the service itself adds the noise nothing is spent yet, but what will be must be promised.
+
     Raises:
         GrantWithdrawn: the grant has ended, or all its rounds are used.
         UpdateConflict: other bytes were charged for this participation and round.
+        BudgetExhausted: the round costs more than is still promised to the grant, or the ledger is closed.
     """
-    grant, protected = held.grant, held.task.kind is TaskKind.TRAIN
+    grant, kind = held.grant, held.task.kind
     if grant.ended_at is not None:
         raise GrantWithdrawn(held.participation.state.value)
-    if protected:
+    if kind is TaskKind.TRAIN:
         if grant.rounds_used >= grant.rounds:
             raise GrantWithdrawn(ParticipationState.EXHAUSTED.value)
         grant.rounds_used += 1
-    entry = await charge(
-        session,
-        dataset_id=held.dataset_id,
-        job_id=held.job.id,
-        participation_id=held.participation.id,
-        round_number=held.of.number,
-        release=held.task.kind.value,
-        clip_norm=spec.privacy.clip_norm if protected else None,
-        noise_multiplier=spec.privacy.noise_multiplier if protected else 0.0,
-        elements=sum(tensor.elements for tensor in manifest.tensors.values()),
-        digest=digest,
-    )
-    if grant.expires_at <= entry.created_at:  # the charge is undone with the transaction
+    account = Account(held.ledger_id, held.dataset_id, held.job.id, held.participation.id)
+    elements = elements_of(manifest_of(held.job))
+    price = await price_of_round(spec, held.job.spec_digest, plan_of(held.participation), held.of.number, elements)
+    if spends_when_summed(spec, kind):
+        now = await require_promised(session, account, price)
+    else:
+        entry = await charge(
+            session,
+            account,
+            price,
+            round_number=held.of.number,
+            release=kind.value,
+            elements=sum(tensor.elements for tensor in manifest.tensors.values()),
+            digest=digest,
+        )
+        now = entry.created_at
+    if grant.expires_at <= now:  # the charge is undone with the transaction
         raise GrantWithdrawn("expired")
 
 

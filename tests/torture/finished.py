@@ -20,6 +20,7 @@ from isthmus.codec import arrays
 from isthmus.wire.jobs import JobState
 from isthmus.wire.rounds import TaskOffer
 from isthmus_worker.journal import Journal
+from isthmus_worker.ledger import Account
 from isthmus_worker.release import HandedIn, hand_in
 from isthmus_worker.state import StateDir
 from tests.federation import Arrays, Site, filled, job_spec, measured, open_federation
@@ -55,7 +56,12 @@ def _release(site: Site, offer: TaskOffer, journal: Journal, state: StateDir, nu
     draft = state.scratch / "upload.safetensors"
     draft.write_bytes(data)
     release = journal.prepare(
-        offer, draft, digest=hashlib.sha256(data).hexdigest(), size_bytes=len(data), metrics={"train/loss": 0.5}
+        offer,
+        draft,
+        digest=hashlib.sha256(data).hexdigest(),
+        size_bytes=len(data),
+        metrics={"train/loss": 0.5},
+        account=Account("1e" * 32, budget=None),
     )
     outcome, reason = hand_in(site.worker, journal, release, service_public_key=public_key)
     assert outcome is HandedIn.ACKNOWLEDGED, reason

@@ -19,14 +19,18 @@ from isthmus.client import Client, Refused, Unreachable
 from isthmus.wire.problems import Problem, ProblemCode, problem
 from isthmus.wire.rounds import TaskOffer, UpdateReceipt, receipt_bytes
 from isthmus_worker.journal import BytesDamaged, Journal, Release, ReleaseState, TransitionRefused, key_of
+from isthmus_worker.ledger import Ledgers, charge_for
 from isthmus_worker.release import ATTEMPTS, LONGEST_PAUSE_S, HandedIn, hand_in
 from isthmus_worker.state import StateDir, StateInUse
-from tests.worker.factories import ACCOUNT, make_offer
+from tests.worker.factories import ACCOUNT, LINEAGE, make_offer, make_record_spec
 from tests.worker.fake_service import NOW
 
 KEY = Ed25519PrivateKey.generate()
 PINNED = KEY.public_key().public_bytes_raw().hex()
 OFFER = make_offer()
+PRIVATE = make_offer(make_record_spec())
+COST = charge_for(PRIVATE, LINEAGE).cost
+"""Of one round of it."""
 
 
 def _prepare(journal: Journal, state: StateDir, content: bytes = b"noised", offer: TaskOffer = OFFER) -> Release:
@@ -72,6 +76,10 @@ class Desk:
         signature = KEY.sign(receipt_bytes(task_id, digest, NOW)).hex()
         return UpdateReceipt(task_id=task_id, digest=digest, received_at=NOW, signature=signature)
 
+    def admitted(self) -> bool:
+        """Whether it has spent what the bytes cost."""
+        return self._admitted.exists() and bool(self._admitted.read_text())
+
     def sent(self) -> list[str]:
         """Digests of which bytes have left."""
         return self.log.read_text().split() if self.log.exists() else []
@@ -82,12 +90,14 @@ def _live(folder: Path) -> None:
     state = StateDir.open(folder / "state")
     journal = Journal.open(state)
     client = cast(Client, SimpleNamespace(tasks=Desk(folder)))
+    journal.verify()
     journal.recover()
     for left in journal.unsettled():
         hand_in(client, journal, left, service_public_key=PINNED)
-    release = journal.find(key_of(OFFER)) or _prepare(journal, state, os.urandom(32))
+    release = journal.find(key_of(PRIVATE)) or _prepare(journal, state, os.urandom(32), PRIVATE)
     if release.path is not None:
-        hand_in(client, journal, journal.readdress(release, OFFER), service_public_key=PINNED)
+        assert journal.ledger_objections(PRIVATE, 9, ACCOUNT) == []
+        hand_in(client, journal, journal.readdress(release, PRIVATE), service_public_key=PINNED)
     journal.close()
 
 
@@ -130,7 +140,8 @@ def _count_down(step: int) -> None:
     for owner, name in (
         (journal_module, "sync_file"), (journal_module, "move_durably"), (journal_module._Transaction, "__enter__"),
         (journal_module._Transaction, "__exit__"), (Journal, "readdress"), (Journal, "note_asking"),
-        (Journal, "_advance"), (Journal, "_drop_bytes"), (Journal, "recover"), (Desk, "submit_update"),
+        (Journal, "_advance"), (Ledgers, "append"), (Ledgers, "put"), (Journal, "_drop_bytes"), (Journal, "recover"),
+        (Desk, "submit_update"),
         (Path, "write_text"), (Path, "unlink"), (Path, "read_bytes"),
     ):  # fmt: skip
         around(owner, name)
@@ -144,25 +155,32 @@ def test_killed_at_any_step_nothing_leaves_unrecorded_and_only_one_noising_ever_
         folder.mkdir()
         killed = _killed_at(step, folder)
         desk, state = Desk(folder), StateDir.open(folder / "state")
+        journal = Journal.open(state)
+        journal.verify()
         if desk.sent():
-            journal = Journal.open(state)
-            release = journal.find(key_of(OFFER))
+            release = journal.find(key_of(PRIVATE))
             assert release is not None
             assert release.state in journal_module.SPENT
             assert desk.sent() == [release.digest]
-            journal.close()
+            assert [entry.plain["digest"] for entry in journal.ledgers.entries(LINEAGE)] == [release.digest]
+        if desk.admitted():  # spent at the service: here it is at least counted
+            assert journal.spent(LINEAGE) == COST
+        journal.close()
 
         _killed_at(step + 3, folder)  # and killed once more, somewhere else
         _killed_at(0, folder)
 
         journal = Journal.open(state)
-        release = journal.find(key_of(OFFER))
+        journal.verify()
+        release = journal.find(key_of(PRIVATE))
         assert release is not None
         assert release.state is ReleaseState.ACKNOWLEDGED
         assert set(desk.sent()) == {release.digest}
+        assert [entry.plain["digest"] for entry in journal.ledgers.entries(LINEAGE)] == [release.digest]
+        assert journal.ledgers.total(LINEAGE).cost == journal.spent(LINEAGE) == COST
         assert not list(state.releases.iterdir())
         journal.close()
-    assert step > 20
+    assert step > 25
 
 
 def test_every_transition_but_the_first_is_on_the_disk_when_it_returns(journal: Journal, state: StateDir) -> None:
@@ -244,7 +262,7 @@ def test_bytes_of_another_length_than_named_are_not_taken_over(journal: Journal,
     draft.write_bytes(b"half of it")
 
     with pytest.raises(BytesDamaged):
-        journal.prepare(OFFER, draft, digest="0" * 64, size_bytes=20, metrics={})
+        journal.prepare(OFFER, draft, digest="0" * 64, size_bytes=20, metrics={}, account=ACCOUNT)
 
 
 class Moody:
@@ -450,8 +468,8 @@ def test_a_release_that_may_have_been_admitted_counts_as_spent_and_one_that_was_
     assert [one.id for one in journal.unsettled()] == [release.id]
     assert "another model" in journal.ledger_objections(other, 9, ACCOUNT)[0]
     assert journal.spends() == [
-        {"job": "heart", "dataset": "patients", "kind": "train", "clip_norm": None, "noise_multiplier": 0.0,
-         "releases": 1}
+        {"job": "heart", "dataset": "patients", "kind": "train", "mode": "none", "clip_norm": None,
+         "noise_multiplier": 0.0, "releases": 1}
     ]  # fmt: skip
 
 

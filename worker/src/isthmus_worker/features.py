@@ -83,7 +83,7 @@ def encode_inputs(table: Table, data: DataSpec, statistics: FeatureStatistics | 
 
 
 def number_column(table: Table, feature: FeatureSpec) -> NDArray[np.float64]:
-    """A column of numbers, NaN where the value is missing.
+    """A column of numbers, NaN where the value is missing; those outside of the feature's range are its nearer end.
 
     Raises:
         DataRefused: there is no such column, it holds words, or values are missing and the job refuses that.
@@ -95,7 +95,7 @@ def number_column(table: Table, feature: FeatureSpec) -> NDArray[np.float64]:
         )
     if absent and feature.missing is Missing.REFUSE:
         raise _missing(feature, absent)
-    return values
+    return values if feature.range is None else np.clip(values, *feature.range)
 
 
 def encode_targets(table: Table, data: DataSpec) -> NDArray[Any]:

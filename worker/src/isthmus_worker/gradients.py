@@ -5,7 +5,7 @@ that no noise covers. It is tried out on made-up records before it sees a real o
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from opacus.grad_sample import GradSampleModule
 from opacus.layers import DPGRU, DPLSTM, DPRNN
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from isthmus_worker.refusals import ModelRefused
 
@@ -116,6 +117,7 @@ class RecordGradients:
             at_once: how many records are worked on at a time.
         """
         model.train()
+        model.zero_grad(set_to_none=True)
         self._model, self._loss = model, loss
         self._replaced = _replace_recurrent(model)
         self._trained = trained_parameters(model)
@@ -207,18 +209,18 @@ class RecordGradients:
         return outputs[0].nan_to_num()
 
     def _taken(self, name: str, parameter: nn.Parameter) -> NDArray[Any]:
-        found: Any = parameter.grad_sample
+        held: Any = parameter  # Opacus keeps attributes of its own there
+        found = held.grad_sample
         if found is None:
             if parameter.grad is not None:
                 raise ModelRefused(f"Unit record: {name!r} is used outside of its layer, so no record's part is known.")
             return np.zeros((self.at_once, parameter.numel()), np.float32)
         if not isinstance(found, Tensor) or found.shape != (self.at_once, *parameter.shape):
             raise ModelRefused(f"Unit record: {name!r} has no gradient of its own for each record.")
-        for held, row in self._still:
-            if held is parameter:
+        for still, row in self._still:
+            if still is parameter:
                 found[:, row] = 0.0
-        parameter.grad_sample = None  # type: ignore[assignment]  # Opacus' own attribute
-        parameter.grad = None
+        held.grad_sample = held.grad = None
         array: NDArray[Any] = found.reshape(self.at_once, -1).numpy()
         return array
 
@@ -232,7 +234,7 @@ class RecordGradients:
             setattr(parent, name, layer)
 
 
-def _padding_rows(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
+def _padding_rows(model: nn.Module) -> list[tuple[Tensor, int]]:
     """The rows of embeddings that stay as they are: Opacus' hooks give them a gradient, torch does not."""
     return [
         (layer.weight, layer.padding_idx)

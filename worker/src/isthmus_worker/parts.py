@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from isthmus.wire.data import FeatureStatistics
 from isthmus.wire.jobs import JobSpec
+from isthmus.wire.privacy import PrivacyUnit
 from isthmus_worker.data import Table
 from isthmus_worker.features import Examples, encode_inputs, encode_targets, require_rows, strata
-from isthmus_worker.splitting import held_out
+from isthmus_worker.splitting import held_out, held_out_apart
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,18 @@ def mark_holdout(table: Table, spec: JobSpec, key: bytes) -> Marked:
     Args:
         table: the columns that the job reads.
         spec: the job.
-        key: the worker's secret, see `isthmus_worker.splitting.held_out`.
+        key: the worker's secret, see `isthmus_worker.splitting`.
 
     Raises:
         DataRefused: there are no records, or their targets are not what the job wants.
     """
     require_rows(table)
     targets = encode_targets(table, spec.data)
-    marks = held_out(strata(spec.data, targets), table.fingerprints, spec.evaluation.holdout, key)
+    share = spec.evaluation.holdout
+    if spec.privacy.unit is PrivacyUnit.RECORD:
+        marks = held_out_apart(table.fingerprints, share, key)
+    else:
+        marks = held_out(strata(spec.data, targets), table.fingerprints, share, key)
     return Marked(table=table, targets=targets, holdout=marks)
 
 

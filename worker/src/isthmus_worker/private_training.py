@@ -92,9 +92,10 @@ def train_privately(
         optimizer = make_optimizer(model, spec.optimizer)
         kept = [parameter.detach().clone() for parameter in gradients.parameters]
         for step in range(plan.steps_per_round):
-            drawn = torch.from_numpy(chosen_records(len(examples), plan.sampling_probability, coins))
-            sums = np.zeros(elements)
-            for batch in drawn.split(gradients.at_once) if len(drawn) else ():
+            drawn = chosen_records(len(examples), plan.sampling_probability, coins)
+            sums = np.zeros(elements, np.int64)
+            for start in range(0, len(drawn), gradients.at_once):
+                batch = torch.from_numpy(drawn[start : start + gradients.at_once])
                 found, lost = gradients.of(inputs[batch], targets[batch])
                 sums += clipped_sum(found, lattice)
                 total, seen = total + lost, seen + len(batch)
@@ -132,7 +133,7 @@ def chosen_records(records: int, probability: float, coins: Keystream) -> NDArra
 
 @torch.no_grad()
 def _put(
-    parameters: list[nn.Parameter], kept: list[Tensor], sums: NDArray[np.float64], lattice: Lattice, batch: float
+    parameters: list[nn.Parameter], kept: list[Tensor], sums: NDArray[np.int64], lattice: Lattice, batch: float
 ) -> None:
     """The noised sums as the parameters' gradients, and the parameters as they were before the step."""
     with np.errstate(over="ignore"):

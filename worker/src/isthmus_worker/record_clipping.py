@@ -12,7 +12,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.privacy.lattice import SAMPLE_SCALE, Lattice, variance_of
+from isthmus.privacy.discrete_gaussian import Integers
+from isthmus.privacy.lattice import SAMPLE_SCALE, Lattice
+from isthmus_worker.scales import finest_scale
 
 _SHRINK: Final = 1.0 - 2.0**-20
 _LARGE: Final = 1 << 22
@@ -21,7 +23,7 @@ Gradients = Sequence[NDArray[np.floating[Any]]]
 
 
 def record_lattice(clip_norm: float, noise_multiplier: float, elements: int) -> tuple[Lattice, int]:
-    """The finest lattice for gradients whose noise can be drawn, and the noise's variance on it.
+    """The finest lattice for gradients, and the noise's variance on it.
 
     Args:
         clip_norm: C, above 0.
@@ -34,18 +36,15 @@ def record_lattice(clip_norm: float, noise_multiplier: float, elements: int) -> 
     Raises:
         ValueError: no lattice takes so much noise.
     """
-    scale = SAMPLE_SCALE
-    while True:
-        lattice = Lattice(clip_norm, scale, elements)
-        try:
-            return lattice, variance_of(noise_multiplier, lattice.sensitivity)
-        except ValueError:
-            if scale == 1:
-                raise
-            scale >>= 1
+
+    def sensitivity_of(scale: int) -> int:
+        return Lattice(clip_norm, scale, elements).sensitivity
+
+    scale, variance = finest_scale(noise_multiplier, sensitivity_of, SAMPLE_SCALE)
+    return Lattice(clip_norm, scale, elements), variance
 
 
-def clipped_sum(gradients: Gradients, lattice: Lattice) -> NDArray[np.float64]:
+def clipped_sum(gradients: Gradients, lattice: Lattice) -> Integers:
     """The sum over records of their clipped gradients, in steps of the lattice.
 
     Args:
@@ -53,7 +52,7 @@ def clipped_sum(gradients: Gradients, lattice: Lattice) -> NDArray[np.float64]:
         lattice: for as many elements as the tensors have together.
 
     Returns:
-        [lattice.dimension] whole numbers as float64: the tensors one after the other. Sums of up to 2^28 records are exact.
+        [lattice.dimension] int64, the tensors one after the other. Exact for up to 2^26 records.
 
     Guarantees:
         What one record adds is a function of its own row alone, and a vector of whole numbers whose squares add up to
@@ -65,7 +64,7 @@ def clipped_sum(gradients: Gradients, lattice: Lattice) -> NDArray[np.float64]:
     records = len(gradients[0]) if gradients else 0
     total = np.zeros(lattice.dimension)
     if not records:
-        return total
+        return total.astype(np.int64)
     # So many columns are worked on at a time that they stay in a core's cache. Not a question of how many records there
     # are: sums of floats depend on how they are parted, and a record's must not depend on the others.
     wide = 1 << (16 if lattice.dimension > _LARGE else 12)
@@ -76,7 +75,7 @@ def clipped_sum(gradients: Gradients, lattice: Lattice) -> NDArray[np.float64]:
         squares = _rounded_sum(gradients, factors, total, room, wide)
         over = squares > bound
         if not over.any():
-            return total
+            return total.astype(np.int64)  # all of it is below 2^53
         factors[over] *= _SHRINK
 
 

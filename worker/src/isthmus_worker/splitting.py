@@ -1,12 +1,19 @@
-"""Which rows are held out of training and kept for measuring. The same ones for all rounds, jobs and statistics."""
+"""Which rows are held out of training and kept for measuring. The same ones for all rounds, jobs and statistics.
+
+`held_out` keeps the shares of the labels exact. Its choice hangs on all rows, so that one row more may move another one
+into training: under privacy of records, `held_out_apart` decides for each row by itself.
+"""
 
 import hmac
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+_HASHES: Final = 1 << 256
 
 
 def held_out(labels: NDArray[np.int64], fingerprints: Sequence[bytes], share: float, key: bytes) -> NDArray[np.bool_]:
@@ -41,3 +48,25 @@ def held_out(labels: NDArray[np.int64], fingerprints: Sequence[bytes], share: fl
         rows.sort(key=lambda row: (order[row], row))
         marks[rows[: math.floor(Fraction(str(share)) * len(rows))]] = True
     return marks
+
+
+def held_out_apart(fingerprints: Sequence[bytes], share: float, key: bytes) -> NDArray[np.bool_]:
+    """Mark the rows that are never trained on, each by itself: those whose keyed hash is below the share.
+
+    Args:
+        fingerprints, share, key: as for `held_out`.
+
+    Returns:
+        One mark a row, True where it is held out.
+
+    Guarantees:
+        whether a row is held out depends on its own record and the key: one row more or less changes nothing about the
+        others, so whatever is summed over the rows of one part changes by that row's own share at most;
+        rows held out with a smaller share are held out with a larger one.
+
+    Edge cases:
+        equal records are held out together; all rows of a small dataset, or none, may be.
+    """
+    threshold = math.floor(Fraction(str(share)) * _HASHES)
+    hashes = (int.from_bytes(hmac.digest(key, one, "sha256")) for one in fingerprints)
+    return np.fromiter((found < threshold for found in hashes), np.bool_, len(fingerprints))

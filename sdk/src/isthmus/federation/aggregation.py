@@ -187,24 +187,68 @@ def aggregate(
     shares = normalised_weights(weights)
     if len(shares) != len(updates):
         raise ValueError(f"there are {len(updates)} updates and {len(shares)} weights")
+    check_updates(manifest, updates)
+    mean = _WeightedMean(updates, shares, update_manifest(manifest))
+    fold(
+        manifest,
+        model,
+        mean,
+        strategy,
+        sink=sink,
+        state=state,
+        state_sink=state_sink,
+        block_elements=block_elements,
+        threads=threads,
+    )
+
+
+def check_updates(manifest: Manifest, updates: Sequence[BlockSource]) -> None:
+    """Whether updates hold what rounds average of a model.
+
+    Raises:
+        TensorsMismatch: one does not.
+    """
+    moved = update_manifest(manifest)
+    for update in updates:
+        check_types(moved.tensors, {n: update.tensors[n] for n in moved.tensors if n in update.tensors})
+
+
+class MeanOfUpdates(Protocol):
+    """What moves the model: the mean of a round's updates, stretch by stretch. Several threads ask at the same time."""
+
+    def block(self, name: str, start: int, count: int, buffers: "Buffers") -> Block:
+        """So many elements of an averaged tensor from index `start` on, in float64, in the room of `buffers.mean`."""
+        ...
+
+
+def fold(
+    manifest: Manifest,
+    model: BlockSource,
+    mean: MeanOfUpdates,
+    strategy: Strategy,
+    *,
+    sink: BlockSink,
+    state: BlockSource | None = None,
+    state_sink: BlockSink | None = None,
+    block_elements: int = BLOCK_ELEMENTS,
+    threads: int = 1,
+) -> None:
+    """Move the model by a mean, whichever it is. Arguments, refusals and guarantees are those of `aggregate`."""
     if block_elements < 1:
         raise ValueError("a block holds at least one element")
     if threads < 1:
         raise ValueError("a thread is needed, at least")
-    moved = update_manifest(manifest)
     check_types(manifest.tensors, model.tensors)
-    for update in updates:
-        check_types(moved.tensors, {n: update.tensors[n] for n in moved.tensors if n in update.tensors})
     _check_state(strategy, manifest, state, state_sink)
 
     def compute(piece: _Piece) -> list[_Written]:
         buffers = idle.get()
         try:
-            return fold.blocks(piece, buffers)
+            return moved.blocks(piece, buffers)
         finally:
             idle.put(buffers)
 
-    fold = _Fold(model, updates, shares, strategy, moved, state)
+    moved = _Fold(model, mean, strategy, state)
     pieces = [
         _Piece(name, manifest.tensors[name], start, count)
         for name in canonical_order(manifest.tensors)
@@ -212,9 +256,9 @@ def aggregate(
     ]
     if sum(piece.elements for piece in pieces) < SHARED_ELEMENTS:
         threads = 1
-    idle: queue.SimpleQueue[_Buffers] = queue.SimpleQueue()
+    idle: queue.SimpleQueue[Buffers] = queue.SimpleQueue()
     for _ in range(threads):
-        idle.put(_Buffers(block_elements))
+        idle.put(Buffers(block_elements))
     with closing(_in_order(compute, pieces, threads)) as results:
         for written in results:
             for block in written:
@@ -244,17 +288,35 @@ class _Written(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class _WeightedMean:
+    """w_0 * x_0 + w_1 * x_1 + ..., from left to right."""
+
+    updates: Sequence[BlockSource]
+    shares: Sequence[float]
+    moved: Manifest
+
+    def block(self, name: str, start: int, count: int, buffers: "Buffers") -> Block:
+        """See `MeanOfUpdates.block`."""
+        mean, raw = buffers.mean(count), buffers.raw(self.moved.tensors[name].dtype, count)
+        for number, (update, share) in enumerate(zip(self.updates, self.shares, strict=True)):
+            update.read_block(name, start, raw)
+            if number:
+                accumulate(mean, raw, share, buffers.scratch(count))
+            else:
+                begin(mean, raw, share)
+        return mean
+
+
+@dataclasses.dataclass(frozen=True)
 class _Fold:
     """The arithmetic of one round. Stretches do not depend on each other: any thread computes any of them."""
 
     model: BlockSource
-    updates: Sequence[BlockSource]
-    shares: Sequence[float]
+    mean: MeanOfUpdates
     strategy: Strategy
-    moved: Manifest
     state: BlockSource | None
 
-    def blocks(self, piece: _Piece, buffers: "_Buffers") -> list[_Written]:
+    def blocks(self, piece: _Piece, buffers: "Buffers") -> list[_Written]:
         """The next model's stretch, and that of every slot."""
         name, spec, start, count = piece
         block = np.empty(count, NUMPY_DTYPE[spec.dtype])
@@ -263,13 +325,7 @@ class _Fold:
             return [_Written(name, None, start, block, kept=True)]
         # What is not finite is found before it is written: the processor need not warn.
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            mean, raw = buffers.mean(count), buffers.raw(self.moved.tensors[name].dtype, count)
-            for number, (update, share) in enumerate(zip(self.updates, self.shares, strict=True)):
-                update.read_block(name, start, raw)
-                if number:
-                    accumulate(mean, raw, share, buffers.scratch(count))
-                else:
-                    begin(mean, raw, share)
+            mean = self.mean.block(name, start, count, buffers)
             slots = _read_state(self.strategy, self.state, name, start, buffers.raw(DType.F32, count))
             after = self.strategy.step(block.astype(np.float64), mean, slots)
             found = [_Written(name, None, start, after.astype(NUMPY_DTYPE[spec.dtype]), kept=False)]
@@ -299,7 +355,7 @@ def _in_order(
                 waiting.cancel()
 
 
-class _Buffers:
+class Buffers:
     """Memory that is used again for every block, by one thread at a time."""
 
     def __init__(self, elements: int) -> None:
