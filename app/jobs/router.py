@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse, HTMLResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials
 
 from app.audit.queries import list_events, page_events
@@ -35,8 +35,9 @@ from app.errors import (
     UnsupportedMediaType,
 )
 from app.federation.lifecycle import ENDED_JOBS
-from app.jobs import queries, service
+from app.jobs import privacy, queries, service
 from app.jobs.initial_model import ModelInspector
+from app.jobs.privacy_page import CONTENT_SECURITY_POLICY, HTML_MEDIA_TYPE, page_of
 from app.models import Job
 from app.pagination import Page as Paging
 from app.participations.queries import page_participations
@@ -45,6 +46,7 @@ from isthmus.wire.base import Digest, Page, format_repr_digest, parse_repr_diges
 from isthmus.wire.events import EventView
 from isthmus.wire.jobs import CancelJob, CreateJob, JobState, JobView, ParticipationView
 from isthmus.wire.organizations import Scope
+from isthmus.wire.privacy import PrivacyReport
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import CheckpointView, RoundMetrics, RoundView
 from isthmus.wire.version import DIGEST_HEADER, EVENTS_MEDIA_TYPE, TENSORS_MEDIA_TYPE
@@ -68,7 +70,9 @@ _TENSORS: dict[int | str, dict[str, Any]] = {
     "/jobs",
     status_code=201,
     summary="Draft a job",
-    responses=refuses(ProblemCode.SECURE_AGGREGATION_NOT_AVAILABLE, ProblemCode.IDEMPOTENCY_CONFLICT, ProblemCode.BODY_TOO_LARGE),
+    responses=refuses(
+        ProblemCode.SECURE_AGGREGATION_NOT_AVAILABLE, ProblemCode.IDEMPOTENCY_CONFLICT, ProblemCode.BODY_TOO_LARGE
+    ),
 )
 async def create_job(body: CreateJob, caller: JobWriter, session: Transaction, once: Repeatable) -> JobView:
     """Draft a federated training job. Upload its initial model and start it to set it going."""
@@ -384,6 +388,36 @@ async def _stream(
                 await asyncio.wait_for(woken.wait(), KEEP_ALIVE_S)
             except TimeoutError:
                 yield b": still here\n\n"
+
+
+@jobs.get(
+    "/jobs/{job_id}/privacy",
+    summary="Privacy report",
+    response_model=PrivacyReport,
+    responses={
+        200: {
+            "content": {HTML_MEDIA_TYPE: {"schema": {"type": "string"}}},
+            "description": "The report; for `Accept: text/html` as a page to read and to print.",
+        },
+        **refuses(ProblemCode.NOT_FOUND),
+    },
+)
+async def get_privacy(
+    job_id: UUID, request: Request, parts: PartsOf, caller: BriefJobReader
+) -> PrivacyReport | Response:
+    """What a job promises about the records behind it, by which mechanism, what was spent, and what is not protected.
+
+    Of the datasets a steward sees its own organization's. Figures by another accountant may be missing at first: they
+    take a while.
+    """
+    async with parts.single_statements() as session:
+        records = await privacy.read_records(session, caller, job_id)
+    report = await privacy.report_of(records)
+    headers = {"Cache-Control": "private, no-cache", "Vary": "Accept"}
+    if HTML_MEDIA_TYPE in request.headers.get("accept", ""):
+        headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
+        return HTMLResponse(page_of(report), headers=headers)
+    return Response(report.model_dump_json(), media_type="application/json", headers=headers)
 
 
 router = APIRouter()

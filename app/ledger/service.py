@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from operator import le
-from typing import Any, Final
+from typing import Any, Final, cast
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import BigInteger, Integer, String, Uuid, bindparam, exists, func, insert, select
+from sqlalchemy import BigInteger, Integer, String, Table, Uuid, bindparam, exists, func, insert, select
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -69,21 +69,22 @@ _ENTRY: Final[dict[str, Any]] = {
     "digest": String(),
 }
 _GIVEN: Final = {name: bindparam(f"of_{name}", type_=kind) for name, kind in _ENTRY.items()}
+_TABLE: Final = cast("Table", LedgerEntry.__table__)  # as an ORM statement it would be one of many rows
 _ENTER: Final = (
-    insert(LedgerEntry)
+    insert(_TABLE)
     .from_select(
         list(_ENTRY),
         # Looked up before, and not by ON CONFLICT: the trigger would have moved the sums when that finds out.
         select(*_GIVEN.values()).where(
             ~exists().where(
-                LedgerEntry.participation_id == _GIVEN["participation_id"],
-                LedgerEntry.round_number == _GIVEN["round_number"],
-                LedgerEntry.release == _GIVEN["release"],
+                _TABLE.c.participation_id == _GIVEN["participation_id"],
+                _TABLE.c.round_number == _GIVEN["round_number"],
+                _TABLE.c.release == _GIVEN["release"],
             )
         ),
         include_defaults=False,
     )
-    .returning(LedgerEntry.id, LedgerEntry.created_at)
+    .returning(_TABLE.c.id, _TABLE.c.created_at)
 )
 _STANDING: Final = select(LedgerEntry.id, LedgerEntry.created_at, LedgerEntry.digest).where(
     LedgerEntry.participation_id == bindparam("participation_id"),

@@ -18,17 +18,20 @@ from app.audit.service import append, job_stream
 from app.blobs import BlobStore, StoredBlob, checkpoint_key
 from app.database import clock
 from app.dependencies import Parts
-from app.errors import NotFound
+from app.errors import BudgetExhausted, NotFound
 from app.federation.lifecycle import RoundEvent, advance_round
 from app.federation.pooling import pool_metrics
-from app.models import Checkpoint, Job, Round
+from app.ledger.pricing import spends_when_summed
+from app.models import Checkpoint, Job, Participation, Round
+from app.rounds.central import forget_inputs, price_ahead, spend_for_noise
 from app.rounds.closing import fail
 from app.rounds.opening import proceed
 from app.rounds.queries import Contribution, hold_round, list_contributions
-from app.rounds.specs import manifest_of, spec_of
+from app.rounds.specs import manifest_of, plan_of, spec_of
 from isthmus.codec.blocks import TensorFile, TensorFileWriter
 from isthmus.codec.header import header_limit
 from isthmus.federation.aggregation import aggregate
+from isthmus.federation.central import aggregate_noised
 from isthmus.federation.rounds import merge_statistics
 from isthmus.federation.strategies import Strategy, state_manifest, strategy_of
 from isthmus.wire.data import FeatureStatistics
@@ -61,6 +64,17 @@ class _Plan:
     model_digest: str
     state_digest: str | None
     contributions: list[Contribution]
+    noise_multiplier: float
+    """Of central noise; 0 where the service adds none."""
+
+
+@dataclass(frozen=True, slots=True)
+class CentralNoise:
+    """What clips and noises a sum of updates, beside the updates themselves."""
+
+    clip_norm: float
+    noise_multiplier: float
+    key: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +107,17 @@ async def aggregate_round(parts: Parts, round_id: UUID) -> None:
             return
         began = time.perf_counter()
         try:
-            result = await _compute(parts.blobs, plan)
-        except (ArithmeticError, ValueError, NotFound) as error:  # NonFiniteAggregate and CodecError are of these
+            noise = await _central_noise(parts, plan)
+            result = await _compute(parts.blobs, plan, noise)
+        except (ArithmeticError, ValueError, NotFound, BudgetExhausted) as error:  # NonFiniteAggregate, CodecError too
             log.error("a round cannot be aggregated", round_id=str(round_id), error=str(error))
             parts.meters.aggregations.labels("rejected").inc()
             await _reject(parts, plan, str(error))
             return
         async with parts.sessions.begin() as session:
-            await _complete(session, plan, result)
+            forgotten = await _complete(session, plan, result)
+        for key in forgotten:
+            await parts.blobs.delete(key)
         parts.meters.aggregations.labels("published").inc()
         parts.meters.aggregation_seconds.observe(time.perf_counter() - began)
 
@@ -125,24 +142,53 @@ async def _plan(session: AsyncSession, round_id: UUID) -> _Plan | None:
         manifest=manifest_of(job),
         model_digest=of.model_digest,
         state_digest=state_digest,
-        contributions=await list_contributions(session, round_id),
+        contributions=(contributions := await list_contributions(session, round_id)),
+        noise_multiplier=await _noise_multiplier(session, spec_of(job), of.kind, contributions),
     )
 
 
-async def _compute(blobs: BlobStore, plan: _Plan) -> _Result:
+async def _noise_multiplier(
+    session: AsyncSession, spec: JobSpec, kind: TaskKind, contributions: Sequence[Contribution]
+) -> float:
+    """Of central noise: what the plans of all that take part ask for, which is the same; 0 where there is none."""
+    if not spends_when_summed(spec, kind):
+        return 0.0
+    parts = await session.scalars(
+        select(Participation).where(Participation.id.in_([item.update.participation_id for item in contributions]))
+    )
+    return max(plan.noise_multiplier for part in parts if (plan := plan_of(part)) is not None)
+
+
+async def _central_noise(parts: Parts, plan: _Plan) -> CentralNoise | None:
+    """What the sum is noised with: committed, and spent for, before the first of it is drawn. None: not here."""
+    if not spends_when_summed(plan.spec, plan.kind):
+        return None
+    async with parts.single_statements() as session:
+        await price_ahead(session, plan.round_id)
+    async with parts.sessions.begin() as session:
+        key = await spend_for_noise(session, plan.round_id)
+    if key is None:
+        raise NotFound("round to sum", plan.round_id)  # cancelled meanwhile: `_reject` finds that too
+    assert plan.spec.privacy.clip_norm is not None, "checked by the spec"
+    return CentralNoise(plan.spec.privacy.clip_norm, plan.noise_multiplier, key)
+
+
+async def _compute(blobs: BlobStore, plan: _Plan, noise: CentralNoise | None) -> _Result:
     """Everything that can go wrong with the sites' numbers goes wrong here, before anything is changed."""
     metrics = pool_metrics([item.update.released for item in plan.contributions])
     if plan.kind is TaskKind.TRAIN:
-        return _Result(metrics, None, *await _next_model(blobs, plan))
+        return _Result(metrics, None, *await _next_model(blobs, plan, noise))
     released = [item.update.released for item in plan.contributions]
     statistics = merge_statistics(plan.spec.data, released) if plan.kind is TaskKind.STATISTICS else None
     return _Result(metrics, statistics, None, None)
 
 
-async def _next_model(blobs: BlobStore, plan: _Plan) -> tuple[StoredBlob, StoredBlob | None]:
+async def _next_model(
+    blobs: BlobStore, plan: _Plan, noise: CentralNoise | None
+) -> tuple[StoredBlob, StoredBlob | None]:
     model = await blobs.open_path(checkpoint_key(plan.model_digest))
     state = None if plan.state_digest is None else await blobs.open_path(checkpoint_key(plan.state_digest))
-    updates = [await blobs.open_path(item.update.blob_key) for item in plan.contributions]
+    updates = [await blobs.open_path(item.update.blob_key or "") for item in plan.contributions]
     drafts = (blobs.draft(), blobs.draft())
     try:
         digest, state_digest = await anyio.to_thread.run_sync(
@@ -154,6 +200,7 @@ async def _next_model(blobs: BlobStore, plan: _Plan) -> tuple[StoredBlob, Stored
             updates,
             [item.update.weight for item in plan.contributions],
             drafts,
+            noise,
         )
         checkpoint = await blobs.adopt(checkpoint_key(digest), drafts[0], digest)
         kept = None
@@ -173,8 +220,12 @@ def write_aggregate(
     updates: Sequence[Path],
     weights: Sequence[float],
     drafts: tuple[Path, Path],
+    noise: CentralNoise | None = None,
 ) -> tuple[str, str | None]:
-    """Write the next model, and the strategy's next state if any, to `drafts`; their digests. Blocks a thread."""
+    """Write the next model, and the strategy's next state if any, to `drafts`; their digests. Blocks a thread.
+
+    With `noise` the updates count the same, are clipped once more, and their sum is noised.
+    """
     limit = header_limit(manifest)
     states = state_manifest(strategy, manifest)
     with contextlib.ExitStack() as stack:
@@ -183,18 +234,35 @@ def write_aggregate(
         state_sink = None
         if states is not None:
             state_sink = stack.enter_context(TensorFileWriter(drafts[1], states.tensors))
-        aggregate(
-            manifest,
-            stack.enter_context(TensorFile(model, limit)),
-            sources,
-            weights,
-            strategy,
-            sink=sink,
-            state=None if state is None else stack.enter_context(TensorFile(state, 4 * limit)),
-            state_sink=state_sink,
-            block_elements=BLOCK_ELEMENTS,
-            threads=FOLD_THREADS,
-        )
+        present = stack.enter_context(TensorFile(model, limit))
+        former = None if state is None else stack.enter_context(TensorFile(state, 4 * limit))
+        if noise is not None:
+            aggregate_noised(
+                manifest,
+                present,
+                sources,
+                strategy,
+                clip_norm=noise.clip_norm,
+                noise_multiplier=noise.noise_multiplier,
+                key=noise.key,
+                sink=sink,
+                state=former,
+                state_sink=state_sink,
+                threads=FOLD_THREADS,
+            )
+        else:
+            aggregate(
+                manifest,
+                present,
+                sources,
+                weights,
+                strategy,
+                sink=sink,
+                state=former,
+                state_sink=state_sink,
+                block_elements=BLOCK_ELEMENTS,
+                threads=FOLD_THREADS,
+            )
     return sink.digest, None if state_sink is None else state_sink.digest
 
 
@@ -208,11 +276,15 @@ async def _reject(parts: Parts, plan: _Plan, why: str) -> None:
         await fail(session, job, of, RoundEvent.AGGREGATE_REJECTED, JobReason.AGGREGATE_REJECTED, detail, now)
 
 
-async def _complete(session: AsyncSession, plan: _Plan, result: _Result) -> None:
-    """Publish the result, and open what comes next, in one transaction. A job cancelled meanwhile stays cancelled."""
+async def _complete(session: AsyncSession, plan: _Plan, result: _Result) -> list[str]:
+    """Publish the result, and open what comes next, in one transaction. A job cancelled meanwhile stays cancelled.
+
+    Returns:
+        Keys of blobs to delete once this is committed: what central noise was added to.
+    """
     job, of = await hold_round(session, plan.round_id)
     if of.phase is not RoundPhase.AGGREGATING or job.state not in (JobState.RUNNING, JobState.PAUSED):
-        return
+        return []
     now = await clock(session)
     of.phase = advance_round(of.phase, RoundEvent.AGGREGATE_STORED)
     of.completed_at = now
@@ -247,4 +319,6 @@ async def _complete(session: AsyncSession, plan: _Plan, result: _Result) -> None
         metrics=of.metrics,
         seconds=round((now - of.opened_at).total_seconds(), 6),
     )
+    forgotten = await forget_inputs(session, of) if spends_when_summed(plan.spec, plan.kind) else []
     await proceed(session, job, of.number, now)
+    return forgotten

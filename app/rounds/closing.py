@@ -17,8 +17,10 @@ from app.federation.lifecycle import (
     advance_round,
     due_event,
 )
+from app.ledger.pricing import spends_when_summed
 from app.models import Dataset, Job, Participation, Round, Task
 from app.queue import AGGREGATE_ROUND, defer
+from app.rounds.central import forget_inputs
 from app.rounds.opening import offer_again, pause_for_want, refill, tell_reopened
 from app.rounds.queries import list_contributions, round_state
 from app.rounds.specs import spec_of
@@ -126,6 +128,7 @@ async def fail(
     """A round that cannot be completed ends its job. Needs the locks of both."""
     of.phase = advance_round(of.phase, event)
     of.detail, of.completed_at = detail, now
+    await _forget(session, job, of)
     await _end_open_tasks(session, of, TaskState.CANCELLED, "The round failed.")
     job.state = advance_job(job.state, JobEvent.FAILED)
     job.reason, job.detail, job.ended_at = reason, detail, now
@@ -144,10 +147,17 @@ async def cancel(session: AsyncSession, job: Job, of: Round | None, note: str, a
     if of is not None:
         of.phase = advance_round(of.phase, RoundEvent.JOB_CANCELLED)
         of.detail, of.completed_at = "The job was cancelled.", now
+        await _forget(session, job, of)
         await _end_open_tasks(session, of, TaskState.CANCELLED, "The job was cancelled.")
         append(session, stream, EventKind.ROUND_CANCELLED, at=now, actor=actor, round=of.number)
     append(session, stream, EventKind.JOB_CANCELLED, at=now, actor=actor, note=note)
     await announce_change(session, job.id)
+
+
+async def _forget(session: AsyncSession, job: Job, of: Round) -> None:
+    """A round that ends before its time keeps no updates that only central noise would have protected, and no key."""
+    if spends_when_summed(spec_of(job), of.kind):
+        await forget_inputs(session, of)  # their blobs are nobody's then, and collected
 
 
 async def _end_open_tasks(session: AsyncSession, of: Round, state: TaskState, detail: str) -> None:

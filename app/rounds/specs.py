@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Final, Generic, TypeVar
 
+from app.ledger.pricing import elements_of
 from app.models import Job, Participation
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.manifest import Manifest
@@ -40,6 +41,7 @@ class _Kept(Generic[Key, Value]):
 
 _specs: _Kept[str, JobSpec] = _Kept()
 _manifests: _Kept[object, Manifest] = _Kept()
+_elements: _Kept[object, int] = _Kept()
 
 
 def spec_of(job: Job) -> JobSpec:
@@ -50,6 +52,11 @@ def spec_of(job: Job) -> JobSpec:
 def manifest_of(job: Job) -> Manifest:
     """The manifest of the model of a job that was started, frozen."""
     return _manifests.get(job.id, lambda: Manifest.model_validate(job.manifest))
+
+
+def elements_in(job: Job) -> int:
+    """How many parameters the rounds of a job average."""
+    return _elements.get(job.id, lambda: elements_of(manifest_of(job)))
 
 
 def manifest_of_task(job: Job, kind: TaskKind, number: int) -> Manifest:

@@ -32,12 +32,12 @@ from app.errors import (
     UpdateConflict,
 )
 from app.federation.lifecycle import OPEN_TASKS
-from app.ledger.pricing import elements_of, price_of_round, spends_when_summed
+from app.ledger.pricing import price_of_round, spends_when_summed
 from app.ledger.service import Account, charge, require_promised
 from app.models import Job, Participation, Round, Task, Update
 from app.rounds.closing import settle
 from app.rounds.queries import HeldTask, find_update, hold_task
-from app.rounds.specs import manifest_of, manifest_of_task, plan_of, spec_of
+from app.rounds.specs import elements_in, manifest_of_task, plan_of, spec_of
 from app.settings import Settings
 from app.wakeups import announce_change
 from isthmus.codec.header import length_bounds
@@ -241,8 +241,9 @@ async def _spend(session: AsyncSession, held: HeldTask, spec: JobSpec, manifest:
             raise GrantWithdrawn(ParticipationState.EXHAUSTED.value)
         grant.rounds_used += 1
     account = Account(held.ledger_id, held.dataset_id, held.job.id, held.participation.id)
-    elements = elements_of(manifest_of(held.job))
-    price = await price_of_round(spec, held.job.spec_digest, plan_of(held.participation), held.of.number, elements)
+    price = await price_of_round(
+        spec, held.job.spec_digest, plan_of(held.participation), held.of.number, elements_in(held.job)
+    )
     if spends_when_summed(spec, kind):
         now = await require_promised(session, account, price)
     else:

@@ -64,10 +64,13 @@ def test_four_hospitals_get_one_model_and_no_process_is_left(tmp_path: Path) -> 
     assert process.returncode == 0, output
     assert left_in(folder) == []
 
-    assert re.search(r"clip norm 0\.4, noise multiplier 0\.05: no epsilon is claimed", output)
-    assert "release: exact" in output
-    told = re.findall(r"round (\d+)/20 +[\d.]+ s a round +updates 4/4 +loss [\d.]+ +accuracy [\d.]+", output)
-    assert [int(number) for number in told] == list(range(1, 21))
+    assert "unit: record, epsilon 3 at delta 1e-05" in output
+    told = re.findall(r"round (\d+)/20 +[\d.]+ s a round +updates 4/4 *$", output, re.MULTILINE)
+    assert [int(number) for number in told] == list(range(1, 21)), "the live line shows what was released, and no more"
+    assert "loss" not in output.partition("On held-out patients")[0]
+    spent = re.search(r"epsilon Cleveland (\S+), Hungary (\S+), Switzerland (\S+), Long Beach (\S+), at delta", output)
+    assert spent is not None
+    assert all(2.8 < float(epsilon) <= 3.0 for epsilon in spent.groups())
 
     # The hold-outs are drawn by the workers' secrets. Of 400 draws the worst had 0.71, 0.81 and 0.07 here.
     table = figures(output)

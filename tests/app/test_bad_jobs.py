@@ -18,13 +18,13 @@ from isthmus.wire.jobs import JobSpec, JobState, JobView, ParticipationState
 from isthmus.wire.manifest import DType
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.version import DIGEST_HEADER, TENSORS_MEDIA_TYPE
-from tests.federation import OPEN, Arrays, Federation, filled, initial, job_spec
+from tests.federation import LOCAL, OPEN, RECORD, UNIFORM, Arrays, Federation, filled, initial, job_spec
 from tests.running import Platform, missing_id, refused
 from tests.standing import Wire, _standing, assert_problem, leftovers, standing
 
 __all__ = ["_standing", "standing"]
 
-INVALID, EPSILON = ProblemCode.INVALID_REQUEST, ProblemCode.EPSILON_NOT_AVAILABLE
+INVALID = ProblemCode.INVALID_REQUEST
 MISSING = object()
 
 
@@ -35,7 +35,7 @@ def plain(**changes: Any) -> dict[str, Any]:
         "model": {"layers": [{"linear": {"in": 2, "out": 2}}]},
         "data": {"task": "classification", "features": ["age", "chol"], "target": "disease", "classes": 2},
         "training": {"optimizer": {"sgd": {"lr": 0.1}}, "batch_size": 32},
-        "privacy": {},
+        "privacy": "none",
         "cohort": {"min_updates": 2},
         "evaluation": {"holdout": 0},
         "rounds": 1,
@@ -89,12 +89,6 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], ProblemCode, str]] = {
     "fraction-of-nothing": (plain(cohort__fraction=0), INVALID, "spec.cohort.fraction"),
     "fraction-nan": (plain(cohort__fraction=NAN), INVALID, "spec.cohort.fraction"),
     "deadline-infinite": (plain(cohort__deadline_s=INF), INVALID, "spec.cohort.deadline_s"),
-    "clip-of-zero": (plain(privacy__clip_norm=0), INVALID, "spec.privacy.clip_norm"),
-    "clip-infinite": (plain(privacy__clip_norm=INF), INVALID, "spec.privacy.clip_norm"),
-    "noise-below-zero": (
-        plain(privacy={"clip_norm": 1, "noise_multiplier": -1}), INVALID, "spec.privacy.noise_multiplier",
-    ),
-    "noise-without-clip": (plain(privacy__noise_multiplier=1), INVALID, "needs a clip_norm"),
     "everything-held-out": (plain(evaluation__holdout=1), INVALID, "spec.evaluation.holdout"),
     "seed-too-short": (plain(seed="5e"), INVALID, "spec.seed"),
     "name-with-a-slash": (plain(name="../etc"), INVALID, "spec.name"),
@@ -130,14 +124,109 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], ProblemCode, str]] = {
     "noise-with-batch-norm": (
         {
             **layers({"linear": {"in": 2, "out": 2}}, {"batch_norm": {"features": 2}}),
-            "privacy": {"clip_norm": 1, "noise_multiplier": 1},
+            "privacy": RECORD,
         },
         INVALID, "use group_norm",
     ),
-    "epsilon": (plain(privacy={"epsilon": 3.0, "clip_norm": 1}), EPSILON, "privacy.epsilon is refused"),
-    "delta": (plain(privacy={"delta": 1e-5}), EPSILON, "privacy.delta is refused"),
-    "unit": (plain(privacy={"unit": "record"}), EPSILON, "privacy.unit is refused"),
-    "noised-evaluation": (plain(evaluation={"release": "noised"}), EPSILON, "'noised' is refused"),
+    "noise-for-organizations-with-batch-norm": (
+        {
+            **layers({"linear": {"in": 2, "out": 2}}, {"batch_norm": {"features": 2}}),
+            "privacy": LOCAL, "strategy": UNIFORM,
+        },
+        INVALID, "use group_norm",
+    ),
+}  # fmt: skip
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    """A spec with a privacy section for records, changed."""
+    section = {"unit": "record", "epsilon": 3.0, "clip_norm": 1.0, **changes}
+    return plain(privacy={name: value for name, value in section.items() if value is not MISSING})
+
+
+def organization(**changes: Any) -> dict[str, Any]:
+    """A spec with a privacy section for organizations, and other changes."""
+    return plain(**{"privacy": LOCAL, "strategy": UNIFORM, **changes})
+
+
+UNTRUE: dict[str, tuple[dict[str, Any], ProblemCode, str]] = {
+    "privacy-null": (plain(privacy=None), INVALID, "write `none` out"),
+    "privacy-empty": (plain(privacy={}), INVALID, "privacy.unit is missing"),
+    "privacy-in-another-word": (plain(privacy="off"), INVALID, "spec.privacy"),
+    "privacy-of-former-times": (
+        plain(privacy={"clip_norm": 1.0, "noise_multiplier": 1.0}), INVALID, "privacy.unit is missing",
+    ),
+    "unknown-unit": (record(unit="patient"), INVALID, "'none', 'record' or 'organization'"),
+    "unknown-place": (record(unit="organization", where="cloud"), INVALID, "'central', 'local' or 'distributed'"),
+    "unknown-field": (record(sigma=1.0), INVALID, "spec.privacy.sigma"),
+    "epsilon-of-zero": (record(epsilon=0), INVALID, "spec.privacy.epsilon"),
+    "epsilon-below-zero": (record(epsilon=-1), INVALID, "spec.privacy.epsilon"),
+    "epsilon-nan": (record(epsilon=NAN), INVALID, "finite"),
+    "epsilon-infinite": (record(epsilon=INF), INVALID, "spec.privacy.epsilon"),
+    "epsilon-of-a-billion": (record(epsilon=1e9), INVALID, "spec.privacy.epsilon"),
+    "epsilon-true": (record(epsilon="much"), INVALID, "spec.privacy.epsilon"),
+    "delta-of-zero": (record(delta=0), INVALID, "spec.privacy.delta"),
+    "delta-of-one": (record(delta=1), INVALID, "spec.privacy.delta"),
+    "delta-below-zero": (record(delta=-1e-5), INVALID, "spec.privacy.delta"),
+    "delta-nan": (record(delta=NAN), INVALID, "finite"),
+    "clip-of-zero": (record(clip_norm=0), INVALID, "spec.privacy.clip_norm"),
+    "clip-infinite": (record(clip_norm=INF), INVALID, "spec.privacy.clip_norm"),
+    "clip-nan": (record(clip_norm=NAN), INVALID, "finite"),
+    "clip-below-zero": (record(clip_norm=-1), INVALID, "spec.privacy.clip_norm"),
+    "clip-of-zero-without-a-claim": (
+        plain(privacy={"unit": "none", "clip_norm": 0}), INVALID, "spec.privacy.clip_norm",
+    ),
+    "no-clip": (record(clip_norm=MISSING), INVALID, "needs a clip_norm"),
+    "noise-of-zero": (record(epsilon=MISSING, noise_multiplier=0), INVALID, "spec.privacy.noise_multiplier"),
+    "noise-below-zero": (record(epsilon=MISSING, noise_multiplier=-1), INVALID, "spec.privacy.noise_multiplier"),
+    "noise-infinite": (record(epsilon=MISSING, noise_multiplier=INF), INVALID, "spec.privacy.noise_multiplier"),
+    "neither-epsilon-nor-noise": (record(epsilon=MISSING), INVALID, "give either epsilon"),
+    "both-epsilon-and-noise": (record(noise_multiplier=1.0), INVALID, "give either epsilon"),
+    "none-with-epsilon": (plain(privacy={"unit": "none", "epsilon": 3.0}), INVALID, "unit none makes none"),
+    "none-with-noise": (plain(privacy={"unit": "none", "noise_multiplier": 1.0}), INVALID, "unit none makes none"),
+    "none-with-a-place": (plain(privacy={"unit": "none", "where": "local"}), INVALID, "unit none makes none"),
+    "records-with-a-place": (record(where="central"), INVALID, "where is for unit organization"),
+    "organization-without-a-place": (record(unit="organization"), INVALID, "needs where"),
+    "a-person-in-no-organization": (record(max_orgs_per_person=0), INVALID, "spec.privacy.max_orgs_per_person"),
+    "distributed-noise": (
+        organization(privacy={**LOCAL, "where": "distributed"}), ProblemCode.SECURE_AGGREGATION_NOT_AVAILABLE,
+        "`where: central` or `local`",
+    ),
+    "organization-weighted-by-rows": (organization(strategy="fedavg"), INVALID, "needs uniform weights"),
+    "exact-results-of-records": ({**record(), "evaluation": {"release": "exact"}}, INVALID, "use local"),
+    "exact-results-of-organizations": (organization(evaluation={"release": "exact"}), INVALID, "use local"),
+    "noised-results-of-organizations": (organization(evaluation={"release": "noised"}), INVALID, "use local"),
+    "noised-results-without-a-claim": (plain(evaluation={"release": "noised"}), INVALID, "use exact or local"),
+    "noised-results-without-a-target": (
+        {**plain(privacy=RECORD), "evaluation": {"release": "noised"}}, INVALID, "evaluation.noise_multiplier is needed",
+    ),
+    "noise-for-results-that-stay": (
+        {**record(), "evaluation": {"release": "local", "noise_multiplier": 1.0}}, INVALID, "goes with release: noised",
+    ),
+    "statistics-of-unbounded-numbers": (
+        {**record(), "data": {**plain()["data"], "standardize": "federated"}}, INVALID,
+        "{name: age, range: [lowest, highest]}",
+    ),
+    "statistics-without-a-target": (
+        {
+            **plain(privacy=RECORD),
+            "data": {
+                **plain()["data"], "standardize": "federated",
+                "features": [{"name": name, "range": [0, 100]} for name in ("age", "chol")],
+            },
+        },
+        INVALID, "statistics_noise_multiplier is needed",
+    ),
+    "statistics-of-an-organization": (
+        organization(data={**plain()["data"], "standardize": "federated"}), INVALID, "or unit: record",
+    ),
+    "noise-for-the-statistics-of-an-organization": (
+        organization(privacy={**LOCAL, "statistics_noise_multiplier": 1.0}), INVALID, "is for unit record",
+    ),
+    "a-range-upside-down": (
+        {**record(), "data": {**plain()["data"], "features": [{"name": "age", "range": [9, 1]}, "chol"]}}, INVALID,
+        "lowest below highest",
+    ),
 }  # fmt: skip
 
 
@@ -148,7 +237,9 @@ def ask(federation: Federation, spec: dict[str, Any], client: Client | None = No
     return http.post("/v1/jobs", content=body, headers={"content-type": "application/json"})
 
 
-@pytest.mark.parametrize(("spec", "code", "words"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+@pytest.mark.parametrize(
+    ("spec", "code", "words"), [*IMPOSSIBLE.values(), *UNTRUE.values()], ids=[*IMPOSSIBLE, *UNTRUE]
+)
 def test_a_spec_that_cannot_be_run_is_refused_by_name(
     standing: Federation, spec: dict[str, Any], code: ProblemCode, words: str
 ) -> None:
@@ -161,8 +252,9 @@ def test_a_spec_that_cannot_be_run_is_refused_by_name(
     assert standing.platform.execute("SELECT count(*) FROM jobs") == before
 
 
-def test_the_spec_that_the_table_changes_is_a_good_one(standing: Federation) -> None:
-    answer = ask(standing, plain())
+@pytest.mark.parametrize("spec", [plain(), record(), organization()], ids=["plain", "record", "organization"])
+def test_the_specs_that_the_tables_change_are_good_ones(standing: Federation, spec: dict[str, Any]) -> None:
+    answer = ask(standing, spec)
 
     assert answer.status_code == 201, answer.text
     assert JobView.model_validate_json(answer.content).state is JobState.DRAFT
@@ -427,6 +519,7 @@ ROUTES = [
     ("GET", "/rounds"),
     ("GET", "/rounds/1"),
     ("GET", "/metrics"),
+    ("GET", "/privacy"),
     ("GET", "/checkpoints"),
     ("GET", "/events"),
 ]

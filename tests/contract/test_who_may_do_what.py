@@ -94,6 +94,7 @@ DOORS: Final = {
     "GET /v1/jobs/{}/rounds": JOBS_READ,
     "GET /v1/jobs/{}/rounds/{}": JOBS_READ,
     "GET /v1/jobs/{}/metrics": JOBS_READ,
+    "GET /v1/jobs/{}/privacy": JOBS_READ,
     "GET /v1/jobs/{}/checkpoints": JOBS_READ,
     "GET /v1/jobs/{}/events": JOBS_READ,
     "GET /v1/checkpoints/{}": door(tuple(Role), Scope.JOBS_READ, Scope.TASKS),

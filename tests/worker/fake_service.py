@@ -205,8 +205,8 @@ def _worker(body: dict[str, Any]) -> dict[str, Any]:
 def _dataset(name: str, body: dict[str, Any]) -> dict[str, Any]:
     return {
         **body, "id": str(UUID(int=7)), "organization_id": str(UUID(int=8)), "organization": ORGANIZATION, "name": name,
-        "worker_id": str(UUID(int=9)), "worker": "w", "state": "announced", "policy": {},
-        "announced_at": NOW.isoformat(), "confirmed_at": None,
+        "worker_id": str(UUID(int=9)), "worker": "w", "state": "announced",
+        "announced_policy": body["policy"], "budget": None, "announced_at": NOW.isoformat(), "confirmed_at": None,
     }  # fmt: skip
 
 

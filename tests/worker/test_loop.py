@@ -15,7 +15,7 @@ from isthmus_worker.heart import Heart
 from isthmus_worker.loop import Agent, KeyRefused, NothingToServe, Outcome
 from isthmus_worker.release import LONGEST_PAUSE_S
 from isthmus_worker.trainer import Trainer
-from tests.worker.factories import make_offer, make_spec
+from tests.worker.factories import make_local_spec, make_offer, make_spec
 from tests.worker.fake_service import FakeService
 
 
@@ -177,7 +177,7 @@ def test_whatever_the_service_asks_for_the_agent_looks_again(agent: Agent) -> No
 
 
 def test_an_upload_that_is_cut_is_repeated_with_the_same_bytes(agent: Agent, service: FakeService) -> None:
-    spec = make_spec(privacy={"clip_norm": 1.0, "noise_multiplier": 1.0})
+    spec = make_local_spec()
     service.cut_uploads = 2
     offer = make_offer(spec)
     service.offer(offer)
@@ -191,7 +191,7 @@ def test_an_upload_that_is_cut_is_repeated_with_the_same_bytes(agent: Agent, ser
 def test_a_lease_lost_before_admission_keeps_the_bytes_for_the_next_offer_of_the_round(
     agent: Agent, service: FakeService
 ) -> None:
-    spec = make_spec(privacy={"clip_norm": 1.0, "noise_multiplier": 1.0})
+    spec = make_local_spec()
     service.admission = ProblemCode.LEASE_LOST
     service.offer(make_offer(spec))
     assert agent.step() is Outcome.KEPT
@@ -208,7 +208,7 @@ def test_a_lease_lost_before_admission_keeps_the_bytes_for_the_next_offer_of_the
 def test_a_round_that_is_over_discards_what_was_never_admitted_and_another_noising_is_free(
     agent: Agent, service: FakeService
 ) -> None:
-    spec = make_spec(privacy={"clip_norm": 1.0, "noise_multiplier": 1.0})
+    spec = make_local_spec()
     service.admission = ProblemCode.ROUND_NOT_COLLECTING
     service.offer(make_offer(spec))
     assert agent.step() is Outcome.REFUSED
@@ -324,7 +324,7 @@ def test_datasets_are_announced_by_schema_and_one_that_cannot_be_read_is_left_ou
 
 
 def test_exact_metrics_stay_here_unless_the_job_releases_them(agent: Agent, service: FakeService) -> None:
-    spec = make_spec(privacy={"clip_norm": 1.0, "noise_multiplier": 0.5})
+    spec = make_local_spec()
     offer = make_offer(spec, number=4)
     service.offer(offer)
 

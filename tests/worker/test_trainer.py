@@ -172,7 +172,7 @@ def _runs(pid: int) -> bool:
 
 
 def _upload(trainer: Trainer, settings: Settings, folder: Path) -> bytes:
-    spec = make_spec(privacy={"clip_norm": 1.0})
+    spec = make_spec(privacy={"unit": "none", "clip_norm": 1.0})
     model, _ = make_model(spec)
     (folder / "model.safetensors").write_bytes(model)
     order = Work(

@@ -1,6 +1,9 @@
 """The sampler: its tables exactly, its samples by chi-square under fixed keys, and its rare decisions one by one."""
 
+import copy
 import math
+import os
+import pickle
 import tracemalloc
 from typing import Any
 
@@ -13,7 +16,7 @@ from scipy.stats import chi2
 from isthmus.privacy import discrete_gaussian
 from isthmus.privacy.alias_table import WEIGHT_BITS, AliasTable, Scratch
 from isthmus.privacy.discrete_gaussian import MAX_VARIANCE, TABLE_VARIANCE, DiscreteGaussian, Noise, below_exp
-from isthmus.privacy.keystream import Keystream
+from isthmus.privacy.keystream import Keystream, KeystreamForked
 
 KEY = bytes(range(32))
 DRAWS = 4_000_000
@@ -153,6 +156,22 @@ def test_adding_noise_keeps_every_digit_of_large_integers() -> None:
     base = np.full(1000, (1 << 60) + 1)
     Noise(4, Keystream(KEY)).add_to(base)
     assert (base - (1 << 60) - 1).tobytes() == Noise(4, Keystream(KEY)).take(1000).tobytes()
+
+
+def test_noise_that_is_ready_can_neither_be_copied_nor_used_in_a_fork() -> None:
+    noise = Noise(100, Keystream())
+    noise.take(1)
+    for double in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot be copied"):
+            double(noise)
+    child = os.fork()
+    if not child:
+        try:
+            noise.take(1)
+        except KeystreamForked:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_no_two_releases_share_noise() -> None:

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from isthmus.wire.datasets import AnnounceDataset, UsePolicy, announcement_bytes
+from isthmus.wire.datasets import AnnounceDataset, Handover, UsePolicy, announcement_bytes
 from isthmus_worker.messages import Described
 from isthmus_worker.settings import DatasetSettings
 
@@ -19,6 +19,7 @@ def signed_announcement(
     policy: UsePolicy,
     described: Described,
     lineage: str,
+    handover: Handover | None = None,
 ) -> AnnounceDataset:
     """The announcement of a dataset, signed now: its policy and its budget cannot be changed on their way.
 
@@ -29,6 +30,7 @@ def signed_announcement(
         policy: what the configuration allows.
         described: what a child read of it.
         lineage: names its ledger.
+        handover: by which we serve it, as long as the service has not heard of it.
     """
     signed_at = datetime.now(UTC)
     signed = announcement_bytes(organization, dataset.name, policy=policy, lineage=lineage, signed_at=signed_at)
@@ -40,4 +42,5 @@ def signed_announcement(
         lineage=lineage,
         signed_at=signed_at,
         signature=identity.sign(signed).hex(),
+        handover=handover,
     )

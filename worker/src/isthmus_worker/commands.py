@@ -5,6 +5,8 @@ import re
 import socket
 import sqlite3
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -12,18 +14,25 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from isthmus.client import IsthmusError
+from isthmus.wire.datasets import Budget
 from isthmus.wire.workers import EnrollWorker
 from isthmus_worker import VERSION
 from isthmus_worker.agent import CONFIG_VARIABLE, DEFAULT_CONFIG, MISCONFIGURED
 from isthmus_worker.agent import run as work
 from isthmus_worker.connect import connect
+from isthmus_worker.files import write_durably
+from isthmus_worker.handover import HandoverRefused, give, receive
 from isthmus_worker.journal import Journal
+from isthmus_worker.ledger import LedgerDamaged
 from isthmus_worker.settings import EXAMPLE, Settings, SettingsRefused, read_settings
-from isthmus_worker.state import Credentials, NotEnrolled, StateDir
+from isthmus_worker.showing import in_words, lines, show_ledger, show_results, standing
+from isthmus_worker.state import Credentials, NotEnrolled, StateDir, StateInUse
 
 app = typer.Typer(
     help="The agent beside an organization's data.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
+datasets = typer.Typer(help="Hand datasets on to other workers.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(datasets, name="dataset")
 
 Config = Annotated[Path, typer.Option("--config", "-c", help="The worker's TOML file.", envvar=CONFIG_VARIABLE)]
 
@@ -93,7 +102,7 @@ def run(
 def status(
     config: Config = DEFAULT_CONFIG, as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False
 ) -> None:
-    """What the state directory tells: who we are, what was released, and when the service last answered."""
+    """What the state directory tells: who we are, what was released and spent, and when the service last answered."""
     settings = _settings(config)
     found = _status(settings, StateDir(settings.state_dir))
     if as_json:
@@ -105,31 +114,115 @@ def status(
         if who
         else "worker        not enrolled"
     )
-    typer.echo(f"datasets      {', '.join(found['datasets'])}")
+    typer.echo(f"public key    {found['public_key'] or 'none yet'}")
+    for dataset in found["datasets"]:
+        typer.echo(f"dataset       {dataset['name']}: {in_words(dataset)}")
     typer.echo("releases      " + ", ".join(f"{number} {state}" for state, number in found["releases"].items()))
     typer.echo(f"results       {found['results']} measurements kept here")
     typer.echo(f"last contact  {found['last_contact'] or 'never'}")
 
 
 @app.command()
-def results(
+def ledger(
+    dataset: Annotated[str | None, typer.Argument(help="Only this dataset's.")] = None,
     config: Config = DEFAULT_CONFIG,
-    job: Annotated[str | None, typer.Option(help="Only those of this job.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines; with the costs at all orders.")] = False,
 ) -> None:
-    """What was measured at this site, whether or not it was released."""
-    state = StateDir(_settings(config).state_dir)
-    found: list[dict[str, Any]] = []
-    if state.journal.exists():
-        journal = Journal.look_into(state)
-        found = journal.results(job)
-        journal.close()
+    """What left of each dataset, release by release, and what it has cost of its budget."""
+    settings = _settings(config)
+    names = [one.name for one in settings.datasets] if dataset is None else [dataset]
+    with _journal(settings) as journal:
+        found = [
+            {**standing(journal, name, _budget(settings, name)), "entries": lines(journal, name)} for name in names
+        ]
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
     for one in found:
-        measures = "  ".join(f"{name} {value:.4g}" for name, value in one["metrics"].items())
-        typer.echo(f"{one['job']}  {one['dataset']}  round {one['round_number']} ({one['kind']})  {measures}")
+        show_ledger(one)
+
+
+@app.command()
+def results(
+    job: Annotated[str | None, typer.Argument(help="Only those of this job, by its name or id.")] = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """What was measured at this site, by job, dataset and round, whether or not it was released."""
+    settings = _settings(config)
+    found: list[dict[str, Any]] = []
+    if StateDir(settings.state_dir).journal.exists():
+        with _journal(settings) as journal:
+            found = journal.results(job)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    elif not found:
+        typer.echo("Nothing was measured here yet." if job is None else f"Nothing was measured here for job {job!r}.")
+    else:
+        show_results(found)
+
+
+@datasets.command("move")
+def move(
+    dataset: Annotated[str, typer.Argument(help="Name of the dataset.")],
+    to: Annotated[str, typer.Option(help="Public key of the worker that takes it over: its `status` shows it.")],
+    output: Annotated[Path, typer.Option(help="Where to write the document that the other worker needs.")],
+    config: Config = DEFAULT_CONFIG,
+) -> None:
+    """Hand a dataset on to another worker with its ledger. This worker serves it no more; stop its agent before.
+
+    The document holds hashes of records and the key of the hold-out split: bring it to the other worker by a way that
+    only the two administrators can read, and delete it then.
+    """
+    settings = _settings(config)
+    state = StateDir.open(settings.state_dir)
+    try:
+        organization = state.credentials().organization
+        with state.locked(), closing(Journal.open(state)) as journal:
+            found = give(
+                journal,
+                state.identity(),
+                organization,
+                dataset,
+                taker=to.strip().lower(),
+                holdout_key=state.holdout_key().hex(),
+                configured=[one.name for one in settings.datasets],
+            )
+        write_durably(output, found.model_dump_json(indent=2).encode())
+    except (HandoverRefused, LedgerDamaged, NotEnrolled, StateInUse) as error:
+        _give_up(str(error))
+    except OSError as error:
+        _give_up(f"{output}: cannot be written ({error.strerror}). Run the same command again with another --output.")
+    typer.echo(
+        f"{dataset} is handed on, with {len(found.document.entries) - 1} releases in its ledger; this worker serves it "
+        f"no more. On the other worker: isthmus-worker dataset receive {output} --from {found.document.giver}"
+    )
+
+
+@datasets.command("receive")
+def receive_dataset(
+    document: Annotated[Path, typer.Argument(help="What `dataset move` wrote on the other worker.")],
+    giver: Annotated[
+        str, typer.Option("--from", help="Public key of the worker that hands it on.")
+    ],
+    config: Config = DEFAULT_CONFIG,
+) -> None:
+    """Take a dataset over from another worker with its ledger. Stop this worker's agent before, start it afterwards."""
+    settings = _settings(config)
+    state = StateDir.open(settings.state_dir)
+    try:
+        organization = state.credentials().organization
+        with state.locked(), closing(Journal.open(state)) as journal:
+            found = receive(journal, state.identity(), organization, document.read_bytes(), giver=giver.strip().lower())
+    except (HandoverRefused, LedgerDamaged, NotEnrolled, StateInUse) as error:
+        _give_up(str(error))
+    except OSError as error:
+        _give_up(f"{document}: cannot be read ({error.strerror})")
+    more = "" if settings.dataset(found.dataset) else f" Add a dataset {found.dataset!r} to the configuration first."
+    typer.echo(
+        f"{found.dataset} is taken over, with {len(found.entries) - 1} releases in its ledger.{more} "
+        "The service moves it when this agent starts."
+    )
 
 
 @app.command()
@@ -156,25 +249,40 @@ def _status(settings: Settings, state: StateDir) -> dict[str, Any]:
     except NotEnrolled:
         who = None
     counts, spends, measured = dict[str, int](), list[dict[str, Any]](), 0
+    held: list[dict[str, Any]] = [{"name": dataset.name} for dataset in settings.datasets]
     if state.journal.exists():
-        try:
-            journal = Journal.look_into(state)
+        with _journal(settings) as journal:
             counts, spends, measured = journal.counts(), journal.spends(), len(journal.results())
-            journal.close()
-        except sqlite3.OperationalError as error:
-            _give_up(f"{state.journal}: {error}")
+            held = [standing(journal, dataset.name, dataset.budget) for dataset in settings.datasets]
     contact = state.last_contact
     at = (
         datetime.fromtimestamp(contact.stat().st_mtime, UTC).isoformat(timespec="seconds") if contact.exists() else None
     )
     return {
         "enrolled": who.model_dump(exclude={"api_key"}) if who is not None else None,
-        "datasets": [dataset.name for dataset in settings.datasets],
+        "public_key": state.public_key(),
+        "datasets": held,
         "releases": counts,
         "spends": spends,
         "results": measured,
         "last_contact": at,
     }
+
+
+@contextmanager
+def _journal(settings: Settings) -> Iterator[Journal]:
+    """The journal, to be read only; an agent may be working with it."""
+    state = StateDir(settings.state_dir)
+    try:
+        with closing(Journal.look_into(state)) as journal:
+            yield journal
+    except sqlite3.OperationalError as error:
+        _give_up(f"{state.journal}: {error}. It is made, or brought up to date, when the agent starts.")
+
+
+def _budget(settings: Settings, name: str) -> Budget | None:
+    dataset = settings.dataset(name)
+    return dataset.budget if dataset is not None else None
 
 
 def _settings(config: Path) -> Settings:

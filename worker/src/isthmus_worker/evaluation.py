@@ -21,16 +21,29 @@ class NotMeasurable(Exception):
 
 
 def evaluate(
-    model: nn.Module, examples: Examples, data: DataSpec, loss: str, tell: Callable[[], None]
+    model: nn.Module,
+    examples: Examples,
+    data: DataSpec,
+    loss: str,
+    tell: Callable[[], None],
+    *,
+    strict: bool = True,
 ) -> dict[str, float]:
     """Measure `model` on held-out rows.
+
+    Args:
+        model: is put into evaluation mode.
+        examples: the rows.
+        data, loss: of the job.
+        tell: called after every batch.
+        strict: whether a model without a finite loss is an error. Otherwise its loss and area are left out.
 
     Returns:
         `examples` and `loss`; for classification `accuracy`; for two classes `auc`, unless one of them is missing.
         Without rows: examples 0 and loss 0 (and accuracy 0), which count for nothing where they are pooled.
 
     Raises:
-        NotMeasurable: outputs are NaN or infinite.
+        NotMeasurable: outputs are NaN or infinite, and `strict`.
     """
     classifies = data.task == "classification"
     total, outputs = 0.0, []
@@ -43,12 +56,15 @@ def evaluate(
             outputs.append(predicted.double().numpy())
             tell()
     found = {"examples": float(len(examples)), "loss": total / max(1, len(examples))}
-    if not math.isfinite(found["loss"]):
+    diverged = not math.isfinite(found["loss"])
+    if diverged and strict:
         raise NotMeasurable
+    if diverged:
+        del found["loss"]
     if classifies:
         logits = np.concatenate(outputs) if outputs else np.zeros((0, data.outputs))
         found["accuracy"] = accuracy(logits.argmax(axis=1), examples.targets) or 0.0
-        if data.outputs == 2:
+        if data.outputs == 2 and not diverged:
             area = auc(logits[:, 1] - logits[:, 0], examples.targets)
             if area is not None:
                 found["auc"] = area

@@ -28,7 +28,7 @@ no more, and is removed at the next start.
 import json
 import sqlite3
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -157,6 +157,10 @@ CREATE TABLE IF NOT EXISTS results (
     participation_id TEXT NOT NULL, round_number INTEGER NOT NULL, kind TEXT NOT NULL, job TEXT NOT NULL,
     dataset TEXT NOT NULL, metrics TEXT NOT NULL, at TEXT NOT NULL, PRIMARY KEY (participation_id, round_number, kind)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS handovers (
+    lineage TEXT NOT NULL, entries INTEGER NOT NULL, dataset TEXT NOT NULL, given INTEGER NOT NULL,
+    document TEXT NOT NULL, told INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (lineage, entries)
+) STRICT;
 """
 _ADDED: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     {"participations": {"plan_digest": "TEXT"}, "releases": {"lineage": "TEXT", "charge": "TEXT"}}
@@ -204,6 +208,11 @@ class Journal:
     def close(self) -> None:
         """Let go of the database."""
         self._connection.close()
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """The database, for what is kept beside releases."""
+        return self._connection
 
     def recover(self) -> None:
         """Put in order what a killed agent may have left: files without a row, and bytes that are no longer needed.
@@ -376,6 +385,12 @@ class Journal:
         self.discard(release, note)
         return ReleaseState.DISCARDED
 
+    def give_up_prepared(self, datasets: Collection[str], note: str) -> None:
+        """Forget what was computed for these datasets and never asked for."""
+        for release in self._releases("state = 'prepared'"):
+            if release.dataset in datasets:
+                self.give_up(release, note)
+
     def retire_before(self, participation_id: str, round_number: int) -> None:
         """A later round is on: what earlier ones left unsent is discarded, and their bytes are deleted. Spends stay."""
         earlier = "participation_id = ? AND round_number < ?"
@@ -521,14 +536,25 @@ class Journal:
         return {state.value: 0 for state in ReleaseState} | {str(state): int(number) for state, number in rows}
 
     def results(self, job: str | None = None) -> list[dict[str, Any]]:
-        """What was measured here, oldest first."""
+        """What was measured here, oldest first; of one job, by its name or id, or of all.
+
+        `measured_round` is the round whose checkpoint `holdout/...` is of; 0 is the initial model.
+        """
         rows = self._connection.execute(
-            "SELECT job, dataset, round_number, kind, metrics, at FROM results WHERE ? IS NULL OR job = ?"
-            " ORDER BY at, round_number",
-            (job, job),
+            "SELECT r.job, p.job_id, r.participation_id, r.dataset, r.round_number, r.kind, r.metrics, r.at"
+            " FROM results r LEFT JOIN participations p USING (participation_id)"
+            " WHERE ?1 IS NULL OR r.job = ?1 OR p.job_id = ?1 ORDER BY r.at, r.round_number",
+            (job,),
         ).fetchall()
-        names = ("job", "dataset", "round_number", "kind", "metrics", "at")
-        return [dict(zip(names, (*row[:4], json.loads(row[4]), row[5]), strict=True)) for row in rows]
+        names = ("job", "job_id", "participation_id", "dataset", "round_number", "kind", "metrics", "at")
+        return [
+            {
+                **dict(zip(names, row, strict=True)),
+                "metrics": json.loads(row[6]),
+                "measured_round": max(0, int(row[4]) - 1),
+            }
+            for row in rows
+        ]
 
     def _advance(self, release: Release, to: ReleaseState, **columns: str | None) -> None:
         places = ", ".join(f"{name} = ?" for name in columns)

@@ -14,6 +14,7 @@ from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import ClaimTask, FailTask, RefuseTask, TaskOffer
 from isthmus_worker.announcements import signed_announcement
 from isthmus_worker.files import VerifiedFiles
+from isthmus_worker.handover import note_told, untold
 from isthmus_worker.heart import Heart
 from isthmus_worker.journal import BytesDamaged, Journal, Release, key_of
 from isthmus_worker.ledger import Account, BudgetRefused, accounts
@@ -329,6 +330,7 @@ class Agent:
             policy=announced_policy(self.settings, dataset),
             described=described,
             lineage=account.lineage,
+            handover=untold(self.journal, account.lineage, name),
         )
         try:
             view = self.client.datasets.announce(name, body)
@@ -340,6 +342,8 @@ class Agent:
             log.error("dataset refused", extra={"dataset": name, "reason": refusal.detail})
             return False
         self.state.note_contact()
+        if body.handover is not None:
+            note_told(self.journal, account.lineage)
         log.info("dataset announced", extra={"dataset": name, "rows": body.rows, "state": view.state})
         return True
 

@@ -7,21 +7,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.privacy.clipping import NonFiniteUpdate, clip_by_global_norm
-from isthmus.privacy.noise import gaussian_noise
+from isthmus.privacy.keystream import Keystream
+from isthmus.privacy.lattice import UPDATE_SCALE, Lattice
 from isthmus.wire.jobs import PrivacySpec
+from isthmus.wire.privacy import NoisePlace, PrivacyPlan, PrivacyUnit
+from isthmus_worker.scales import finest_scale
 
 
-def protect(update: Mapping[str, NDArray[Any]], privacy: PrivacySpec) -> dict[str, NDArray[Any]]:
-    """The update as it may leave: clipped as one vector over all its tensors, then noised with fresh randomness.
+def protect(
+    update: Mapping[str, NDArray[Any]], privacy: PrivacySpec, plan: PrivacyPlan | None
+) -> dict[str, NDArray[Any]]:
+    """The update as it may leave. The one that is given is not modified.
+
+    * unit record: as it is. Its steps were noised one by one, and it is nothing but their sum.
+    * unit organization, local: clipped as one vector on the lattice of whole numbers, then noised there. Another
+      organization's data could have given any other clipped update: neighbours are twice the bound apart.
+    * unit organization, central: clipped. The service clips again, on its lattice, and adds the noise to the sum.
+    * unit none: clipped, if the job has a bound.
 
     Raises:
-        NonFiniteUpdate: some element is NaN or infinite, also where the job does not clip.
+        NonFiniteUpdate: some element is NaN or infinite, also where nothing is clipped.
     """
-    if privacy.clip_norm is None:
+    if plan is not None and plan.where is NoisePlace.LOCAL:
+        return _noised(update, plan)
+    if privacy.unit is PrivacyUnit.RECORD or privacy.clip_norm is None:
         _require_finite(update)
         return dict(update)
-    clipped = clip_by_global_norm(update, privacy.clip_norm)
-    return gaussian_noise(clipped, privacy.noise_multiplier, privacy.clip_norm)
+    return clip_by_global_norm(update, privacy.clip_norm)
+
+
+def _noised(update: Mapping[str, NDArray[Any]], plan: PrivacyPlan) -> dict[str, NDArray[Any]]:
+    elements = sum(array.size for array in update.values())
+
+    def apart(scale: int) -> int:
+        return 2 * Lattice(plan.clip_norm, scale, elements).sensitivity
+
+    scale, variance = finest_scale(plan.noise_multiplier, apart, UPDATE_SCALE)
+    noised = Lattice(plan.clip_norm, scale, elements).noised(update, variance, Keystream())
+    return {name: array.astype(update[name].dtype, copy=False) for name, array in noised.items()}
 
 
 def _require_finite(update: Mapping[str, NDArray[Any]]) -> None:

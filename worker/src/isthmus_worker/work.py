@@ -16,8 +16,9 @@ from isthmus.federation.cohort import round_seed
 from isthmus.privacy.clipping import NonFiniteUpdate
 from isthmus.torch import ArraysMisfit, UnsupportedTensor, views_of_arrays
 from isthmus.wire.base import digest_of
-from isthmus.wire.jobs import JobSpec
+from isthmus.wire.jobs import EvaluationRelease, JobSpec
 from isthmus.wire.manifest import DType, Manifest
+from isthmus.wire.privacy import PrivacyPlan, PrivacyUnit
 from isthmus.wire.rounds import METRICS_PREFIX, STATISTICS_PREFIX, TaskKind, TaskOffer, evaluates_in_round
 from isthmus_worker.data import open_source
 from isthmus_worker.determinism import settle
@@ -27,12 +28,34 @@ from isthmus_worker.measuring import measure_columns
 from isthmus_worker.messages import Done, Work
 from isthmus_worker.modules import loaded_module
 from isthmus_worker.parts import Marked, Split, mark_holdout, split_examples
+from isthmus_worker.private_evaluation import noised_quality
+from isthmus_worker.private_statistics import measure_privately
 from isthmus_worker.protection import protect
 from isthmus_worker.refusals import WorkBroken
 from isthmus_worker.training import train
 
 Tell = Callable[[float], None]
 Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What was measured, by name: `holdout/loss`, `train/examples`, ...
+
+    Attributes:
+        local: as it was measured. It stays at the site; its own people may look at it.
+        told: what leaves: the same, or noised counts, or nothing.
+    """
+
+    local: dict[str, float] = field(default_factory=dict)
+    told: dict[str, float] = field(default_factory=dict)
+
+    def with_training(self, loss: float, examples: int, *, told: bool) -> "Measures":
+        """With the loss of training, if it is a finite number, and the records behind it; `told`: both leave."""
+        found = {"train/loss": loss, "train/examples": float(examples)}
+        if not np.isfinite(loss):
+            del found["train/loss"]
+        return Measures({**self.local, **found}, {**self.told, **found} if told else self.told)
 
 
 @dataclass
@@ -65,14 +88,15 @@ class Desk:
         settle(_seed(offer), offer.spec.training.threads)
         tell(0.0)
         if offer.kind is TaskKind.STATISTICS:
-            tensors, metrics = _measure(order), dict[str, float]()
+            tensors, measures = _measure(order), Measures()
         elif offer.kind is TaskKind.TRAIN:
-            tensors, metrics = _train(order, self, tell)
+            tensors, measures = _train(order, self, tell)
         else:
             model, _before = _model(order)
-            tensors, metrics = {}, holdout_metrics(model, self.split(order).holdout, offer.spec, tell)
-        tensors.update(_released(metrics, offer.upload_manifest))
-        return _composed(tensors, order, metrics)
+            measures = holdout_measures(model, self.split(order).holdout, offer.spec, offer.plan, tell)
+            tensors = {}
+        tensors.update(_released(measures.told, offer.upload_manifest))
+        return _composed(tensors, order, measures.local)
 
 
 def _key_of(order: Work, stamp: str) -> str:
@@ -84,11 +108,12 @@ def _key_of(order: Work, stamp: str) -> str:
             "data": order.offer.spec.data.model_dump(mode="json"),
             "statistics": statistics.model_dump(mode="json") if statistics is not None else None,
             "holdout": order.offer.spec.evaluation.holdout,
+            "apart": order.offer.spec.privacy.unit is PrivacyUnit.RECORD,
         }
     )
 
 
-def _train(order: Work, desk: Desk, tell: Tell) -> tuple[Arrays, dict[str, float]]:
+def _train(order: Work, desk: Desk, tell: Tell) -> tuple[Arrays, Measures]:
     offer = order.offer
     split = desk.split(order)
     model, before = _model(order)
@@ -97,6 +122,7 @@ def _train(order: Work, desk: Desk, tell: Tell) -> tuple[Arrays, dict[str, float
         before,
         split,
         offer.spec,
+        plan=offer.plan,
         manifest=offer.model_manifest,
         round_number=offer.round_number,
         seed=_seed(offer),
@@ -110,11 +136,12 @@ def local_update(
     split: Split,
     spec: JobSpec,
     *,
+    plan: PrivacyPlan | None,
     manifest: Manifest,
     round_number: int,
     seed: str,
     tell: Tell,
-) -> tuple[Arrays, dict[str, float]]:
+) -> tuple[Arrays, Measures]:
     """One participation's part in a training round, from the round's model to the update that may leave.
 
     Args:
@@ -122,43 +149,77 @@ def local_update(
         before: the round's model. Not modified.
         split: the dataset; only `split.training` is trained on.
         spec: the job.
+        plan: what its privacy section becomes at this dataset; None if it has no privacy unit.
         manifest: the model's.
         round_number: the round's; it decides whether the round's model is measured first.
         seed: the task's.
         tell: hears of progress; may raise to stop the work.
 
     Returns:
-        The update, clipped and noised as the job says, and what was measured.
+        The update, protected as the job says, and what was measured.
 
     Raises:
-        DataRefused: the records cannot serve it.
-        WorkBroken: training diverged.
+        DataRefused: the records cannot serve it; not with a privacy unit, where that would tell of them.
+        ModelRefused: the model's records cannot be told apart, and the unit is the record.
+        WorkBroken: training diverged. With the record as unit that is seen in the noised steps alone.
     """
-    metrics = dict[str, float]()
-    require_two_classes(spec.data, np.concatenate([split.training.targets, split.holdout.targets]))
+    if plan is None:
+        require_two_classes(spec.data, np.concatenate([split.training.targets, split.holdout.targets]))
+    measures = Measures()
     if evaluates_in_round(spec, round_number):
-        metrics.update(holdout_metrics(model, split.holdout, spec, tell))
+        measures = holdout_measures(model, split.holdout, spec, plan, tell)
     settle(seed, spec.training.threads)  # again: neither building the model nor measuring it may move the generators
-    metrics["train/loss"] = train(
-        model, split.training, spec.training, record_shape=spec.data.input_shape, seed=seed, tell=tell
-    )
-    metrics["train/examples"] = float(len(split.training))
-    if not np.isfinite(metrics["train/loss"]):
-        raise WorkBroken("Training diverged: the loss is NaN or infinite. A smaller learning rate helps.")
+    loss = _trained(model, split.training, spec, plan, manifest=manifest, seed=seed, tell=tell)
+    measures = measures.with_training(loss, len(split.training), told=spec.releases_exact_metrics)
     update = difference(views_of_arrays(model), before, manifest)
     with _divergence_told():
-        return protect(update, spec.privacy), metrics
+        return protect(update, spec.privacy, plan), measures
 
 
-def holdout_metrics(model: nn.Module, examples: Examples, spec: JobSpec, tell: Tell) -> dict[str, float]:
-    """`holdout/loss` and the others of a model on records that it was not trained on.
+def _trained(
+    model: nn.Module,
+    examples: Examples,
+    spec: JobSpec,
+    plan: PrivacyPlan | None,
+    *,
+    manifest: Manifest,
+    seed: str,
+    tell: Tell,
+) -> float:
+    """Train `model` in place; the mean loss."""
+    shape = spec.data.input_shape
+    if plan is not None and plan.unit is PrivacyUnit.RECORD:
+        from isthmus_worker.private_training import train_privately  # noqa: PLC0415 - Opacus costs a second to import
+
+        averaged = manifest.averaged().keys()
+        return train_privately(model, examples, spec.training, plan, averaged=averaged, record_shape=shape, tell=tell)
+    loss = train(model, examples, spec.training, record_shape=shape, seed=seed, tell=tell)
+    if not np.isfinite(loss):
+        raise WorkBroken("Training diverged: the loss is NaN or infinite. A smaller learning rate helps.")
+    return loss
+
+
+def holdout_measures(
+    model: nn.Module, examples: Examples, spec: JobSpec, plan: PrivacyPlan | None, tell: Tell
+) -> Measures:
+    """`holdout/loss` and the others of a model on records that it was not trained on, and what of it may be told.
 
     Raises:
-        WorkBroken: the model has diverged.
+        WorkBroken: the model has diverged; not with a privacy unit, where that would tell of the records.
     """
     with _divergence_told():
-        found = evaluate(model, examples, spec.data, spec.training.loss, lambda: tell(0.0))
-    return {f"holdout/{name}": value for name, value in found.items()}
+        found = evaluate(model, examples, spec.data, spec.training.loss, lambda: tell(0.0), strict=plan is None)
+    told: Mapping[str, float] = {}
+    if spec.evaluation_release is EvaluationRelease.EXACT:
+        told = found
+    elif plan is not None and plan.evaluation_noise_multiplier is not None:
+        right = round(found["accuracy"] * found["examples"])
+        told = noised_quality(len(examples), right, plan.evaluation_noise_multiplier)
+    return Measures(_named("holdout", found), _named("holdout", told))
+
+
+def _named(group: str, measures: Mapping[str, float]) -> dict[str, float]:
+    return {f"{group}/{name}": value for name, value in measures.items()}
 
 
 @contextmanager
@@ -178,9 +239,11 @@ def _seed(offer: TaskOffer) -> str:
 
 
 def _measure(order: Work) -> Arrays:
-    marked = _load(order)
+    marked, plan, data = _load(order), order.offer.plan, order.offer.spec.data
     _require_enough(order, int((~marked.holdout).sum()), int(marked.holdout.sum()))
-    return measure_columns(marked.table, order.offer.spec.data, ~marked.holdout)
+    if plan is not None and plan.statistics_noise_multiplier is not None:
+        return measure_privately(marked.table, data, ~marked.holdout, plan.statistics_noise_multiplier)
+    return measure_columns(marked.table, data, ~marked.holdout)
 
 
 def difference(after: Mapping[str, NDArray[Any]], before: Mapping[str, NDArray[Any]], model: Manifest) -> Arrays:
@@ -192,6 +255,11 @@ def difference(after: Mapping[str, NDArray[Any]], before: Mapping[str, NDArray[A
 
 
 def _require_enough(order: Work, training: int, holdout: int) -> None:
+    plan = order.offer.plan
+    if plan is not None and plan.unit is PrivacyUnit.RECORD:  # what everybody knows is asked: a refusal tells nothing
+        training = round(plan.expected_batch / plan.sampling_probability)
+        require_enough_rows(training, 0, order.min_rows, exact=False)
+        return
     leaving = order.offer.upload_manifest.tensors
     exact = any(name.startswith((METRICS_PREFIX, STATISTICS_PREFIX)) for name in leaving)
     require_enough_rows(training, holdout, order.min_rows, exact=exact)

@@ -13,6 +13,7 @@ from isthmus.client._transfer import Progress, digest_of_file, download, pieces
 from isthmus.wire.base import Page, format_repr_digest
 from isthmus.wire.events import EventView
 from isthmus.wire.jobs import CancelJob, CreateJob, JobSpec, JobState, JobView, ParticipationView
+from isthmus.wire.privacy import PrivacyReport
 from isthmus.wire.rounds import CheckpointView, RoundMetrics, RoundView
 from isthmus.wire.version import DIGEST_HEADER, TENSORS_MEDIA_TYPE
 
@@ -78,6 +79,15 @@ class Jobs:
     def metrics(self, job_id: UUID) -> Iterator[RoundMetrics]:
         """What each round measured; pages are read as they are needed."""
         return self._service.pages(f"jobs/{job_id}/metrics", Page[RoundMetrics])
+
+    def privacy(self, job_id: UUID) -> PrivacyReport:
+        """What the job promises about the records behind it, what was spent of it, and what it does not protect."""
+        return self._service.ask("GET", f"jobs/{job_id}/privacy", PrivacyReport)
+
+    def privacy_page(self, job_id: UUID) -> str:
+        """The same as a page in HTML, to read and to print."""
+        path = f"jobs/{job_id}/privacy"
+        return self._service.send("GET", path, headers={"Accept": "text/html"}).body.decode()
 
     def checkpoints(self, job_id: UUID) -> Iterator[CheckpointView]:
         """The model after each round, by digest; pages are read as they are needed."""

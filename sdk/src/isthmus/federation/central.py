@@ -1,9 +1,9 @@
 """The mean of a round's updates with central noise: each clipped once more, summed as integers, noised once.
 
 Whoever sums does not rely on what the workers say that they clipped. An update becomes integers on the job's public
-lattice (`isthmus.privacy.lattice`), scaled down so that its norm is within the bound, which is checked in whole numbers;
-integers are summed exactly, in any order; and one exact discrete Gaussian is added to every element of the sum. Back to
-floats it goes only then:
+lattice (`isthmus.privacy.lattice`), scaled down so that its norm is within the bound, which is checked in whole
+numbers; integers are summed exactly, in any order; and one exact discrete Gaussian is added to every element of the
+sum. Back to floats it goes only then:
 
     mean = (sum of the integers + noise) * C / (S * n)
 

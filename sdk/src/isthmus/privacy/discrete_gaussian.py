@@ -24,7 +24,7 @@ below n 2^-63 for every epsilon up to 100. That is what `cost.Cost` counts a dra
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Final
+from typing import Final, NoReturn
 
 import mpmath
 import numpy as np
@@ -68,7 +68,11 @@ class DiscreteGaussian:
         self.table = _table(variance, self.shift)
 
     def sample(self, count: int, stream: Keystream) -> Integers:
-        """So many independent samples. `Noise` draws them block by block."""
+        """So many independent samples. `Noise` draws them as they are needed.
+
+        Raises:
+            KeystreamForked: this process is a fork of the one that made the stream.
+        """
         return Noise(self.variance, stream).take(count)
 
 
@@ -110,7 +114,12 @@ class Noise:
         for part, samples in self._parts(out):
             np.add(part, samples.astype(np.int64), out=part)
 
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be copied or pickled: two of the same would give two releases the same noise."""
+        raise TypeError("noise cannot be copied or pickled")
+
     def _parts(self, out: Integers) -> Iterator[tuple[Integers, NDArray[np.float64]]]:
+        self._stream.require_own_process()  # samples that are ready are no fork's either
         done = 0
         while done < out.size:
             if not self._ready.size:

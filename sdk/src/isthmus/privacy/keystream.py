@@ -60,8 +60,7 @@ class Keystream:
             ValueError: they are more than `MAX_TAKEN_BYTES` bytes, or `dtype` is no unsigned integer.
             KeystreamForked: this process is a fork of the one that made the stream.
         """
-        if os.getpid() != self._process:
-            raise KeystreamForked
+        self.require_own_process()
         kind = np.dtype(dtype).newbyteorder("<")
         length = count * kind.itemsize
         if kind.kind != "u" or not 0 <= length <= MAX_TAKEN_BYTES:
@@ -83,10 +82,18 @@ class Keystream:
         Raises:
             KeystreamForked: this process is a fork of the one that made the stream.
         """
-        if os.getpid() != self._process:
-            raise KeystreamForked
+        self.require_own_process()
         found = self._from(_ASIDE | position << 64).update(bytes(bits // 8))
         return int.from_bytes(found, "big")
+
+    def require_own_process(self) -> None:
+        """Goes on only in the process that made the stream; for those who keep some of what they took.
+
+        Raises:
+            KeystreamForked: this one is a fork of it.
+        """
+        if os.getpid() != self._process:
+            raise KeystreamForked
 
     def __reduce__(self) -> NoReturn:
         """Refuses to be copied or pickled: two of the same would give two releases the same noise."""

@@ -187,6 +187,58 @@ def _told(clause: object) -> str:
     return "no bound" if clause is None else str(clause)
 
 
+class Handover(Request):
+    """That a worker handed a dataset on to another one together with its ledger: signed by both.
+
+    The document itself, with the ledger, went from one worker to the other; here is what both have signed of it.
+    """
+
+    giver: Digest
+    """Ed25519 public key of the worker that serves the dataset no more, in hexadecimal."""
+    taker: Digest
+    """That of the worker that serves it from now on."""
+    lineage: Digest
+    entries: int = Field(ge=1, le=1 << 53)
+    """Length of the handed-on ledger."""
+    head: Digest
+    """Hash of its last entry."""
+    document: Digest
+    """Of all that was handed on."""
+    signed_at: datetime
+    given: Signature
+    """Over `handover_bytes`, by the giver."""
+    taken: Signature
+    """Over the same, by the taker."""
+
+
+def handover_bytes(
+    organization: str,
+    dataset: str,
+    *,
+    giver: str,
+    taker: str,
+    lineage: str,
+    entries: int,
+    head: str,
+    document: str,
+    signed_at: datetime,
+) -> bytes:
+    """What both workers sign when a dataset is handed on."""
+    return b"isthmus/handover/v1" + canonical_json(
+        {
+            "organization": organization,
+            "dataset": dataset,
+            "giver": giver,
+            "taker": taker,
+            "lineage": lineage,
+            "entries": entries,
+            "head": head,
+            "document": document,
+            "signed_at": signed_at.astimezone(UTC).isoformat(),
+        }
+    )
+
+
 class AnnounceDataset(Request):
     """A worker says which data it can read: the schema and the number of rows, no values."""
 
@@ -202,6 +254,8 @@ class AnnounceDataset(Request):
     """When the worker signed; an announcement older than the last one is refused."""
     signature: Signature
     """Over `announcement_bytes`, by the worker's Ed25519 key: 64 bytes in hexadecimal."""
+    handover: Handover | None = None
+    """That the worker which served the dataset until now handed it on: it stays confirmed, and no one is revoked."""
 
 
 def announcement_bytes(

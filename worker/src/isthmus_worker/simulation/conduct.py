@@ -14,7 +14,8 @@ from isthmus.codec.arrays import read
 from isthmus.codec.errors import CodecError
 from isthmus.commands.rendering.text import printable
 from isthmus.commands.session import Surroundings
-from isthmus.wire.jobs import JobSpec
+from isthmus.wire.jobs import EvaluationRelease, JobSpec
+from isthmus.wire.privacy import PrivacyUnit
 from isthmus_worker.data import Table, open_source
 from isthmus_worker.refusals import DataRefused
 from isthmus_worker.simulation.clients import (
@@ -31,8 +32,20 @@ from isthmus_worker.simulation.engine import Round, SimulationFailed, simulate
 from isthmus_worker.simulation.partitions import Partition, PartitionRefused
 from isthmus_worker.simulation.pictures import MISSING, can_draw
 from isthmus_worker.simulation.pool import Pool
-from isthmus_worker.simulation.report import clients_table, holdings_of, last_measure, rounds_json, write_results
+from isthmus_worker.simulation.report import (
+    clients_table,
+    holdings_of,
+    last_measure,
+    rounds_json,
+    spent_sentence,
+    write_results,
+)
 
+_TOLD: Final = {
+    EvaluationRelease.EXACT: "the same",
+    EvaluationRelease.LOCAL: "none of them",
+    EvaluationRelease.NOISED: "noised counts of right answers",
+}
 REFUSALS: Final = (ClientsRefused, PartitionRefused, DataRefused)
 """What is wrong with what was given."""
 
@@ -93,7 +106,10 @@ def conduct(plan: Plan, around: Surroundings) -> Told:
     written = write_results(plan.out, simulation, holdings)
     lines = [Text(f"{last_measure(simulation.rounds)}  after {spec.rounds} rounds")]
     if spec.seed is None:
-        lines.append(Text(f"The job names no seed; it got {simulation.spec.seed}. With it the run can be repeated."))
+        repeat = "With it the run can be repeated." if spec.privacy.unit is PrivacyUnit.NONE else ""
+        lines.append(Text(f"The job names no seed; it got {simulation.spec.seed}. {repeat}".rstrip()))
+    if simulation.epsilon_spent():
+        lines.append(Text(spent_sentence(simulation)))
     lines += [Text(printable(f"{path}")) for path in written]
     lines.append(Text(f"sha256 of the model: {simulation.digest}"))
     told = rounds_json(simulation, holdings) | {"files": [str(path) for path in written]}
@@ -118,8 +134,12 @@ def notes(spec: JobSpec) -> list[str]:
             "cohort.target_updates: of a cohort that is larger, those drawn first take part; in a federation it is "
             "those that are fastest."
         )
-    if spec.privacy.noise_multiplier:
-        found.append("The job adds noise: it is fresh every time, so that no two runs give the same model.")
+    if spec.privacy.unit is not PrivacyUnit.NONE:
+        found.append(
+            "The job has a privacy unit: its noise and coins are secret, as in a federation, so that no two runs give "
+            "the same model, whatever the seed. Measures are shown as they are, since the records are yours; in a "
+            f"federation the sites would tell {_TOLD[spec.evaluation_release]}."
+        )
     return found
 
 

@@ -21,6 +21,7 @@ from isthmus.codec.arrays import encode, manifest_of, types_of
 from isthmus.codec.errors import CodecError
 from isthmus.codec.header import Header, check_manifest
 from isthmus.federation.aggregation import MemorySink, MemorySource, NonFiniteAggregate, aggregate
+from isthmus.federation.central import aggregate_noised
 from isthmus.federation.cohort import (
     ParticipationKey,
     TooFewParticipations,
@@ -30,14 +31,17 @@ from isthmus.federation.cohort import (
 )
 from isthmus.federation.rounds import cohort_seed, draw_round, number_after, pool_metrics, weight_of
 from isthmus.federation.strategies import state_manifest, strategy_of
+from isthmus.privacy.keystream import KEY_BYTES
 from isthmus.wire.data import FeatureStatistics
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.manifest import Manifest, update_manifest
+from isthmus.wire.privacy import NoisePlace
 from isthmus.wire.rounds import TaskKind, kind_of_round
 from isthmus_worker.data import Table
 from isthmus_worker.simulation.clients import Client, ClientsRefused, require_disjoint
 from isthmus_worker.simulation.messages import Begin, Draw, Evaluate, Order, Test, Train
 from isthmus_worker.simulation.pool import Pool, ProcessEnded, TaskFailed
+from isthmus_worker.simulation.privacy import Plans, plans_of, spent
 from isthmus_worker.simulation.records import RecordsRefused, prepare
 from isthmus_worker.simulation.regions import Layout, arrays_at
 
@@ -85,6 +89,7 @@ class Simulation:
         digest: SHA-256 of its safetensors file.
         manifest: the model's.
         statistics: what `standardize: federated` found.
+        plans: what the job's privacy section became at each client.
     """
 
     spec: JobSpec
@@ -93,6 +98,12 @@ class Simulation:
     digest: str
     manifest: Manifest
     statistics: FeatureStatistics | None
+    plans: Plans
+
+    def epsilon_spent(self) -> dict[ParticipationKey, float]:
+        """What each client's releases add up to, at the job's delta; empty without a privacy unit."""
+        rounds = [(one.number, one.cohort) for one in self.rounds]
+        return spent(self.spec, self.plans, rounds, self.manifest)
 
 
 def simulate(
@@ -122,12 +133,14 @@ def simulate(
             run one simulation after another.
 
     Raises:
-        ClientsRefused: a client is there twice, or holds records of the test set.
+        ClientsRefused: a client is there twice, or holds records of the test set, or no noise reaches the job's
+            privacy target there.
         SimulationFailed: too few clients, records or an initial model that do not fit, training that diverged, a
             process that ended.
 
     Guarantees:
-        The same spec, clients and initial model give the same checkpoints, unless the job adds noise.
+        The same spec, clients and initial model give the same checkpoints, unless the job has a privacy unit: noise
+        and coins are secret then, as in a federation, and no two runs are alike.
     """
     with nullcontext(pool) if pool is not None else Pool(processes) as running:
         if spec.seed is None:
@@ -163,7 +176,8 @@ class _Conduct:
             require_disjoint(clients, test)
         slots = len(self._cohort(1))
         manifest = self._manifest = _manifest_of_job(spec, initial)
-        prepared = prepare(spec, [by_key[key] for key in self._keys], test, pool.records)
+        self._plans = plans_of(spec, self._rows, manifest)
+        prepared = prepare(spec, [by_key[key] for key in self._keys], self._plans, test, pool.records)
         self._statistics = prepared.statistics
         self._pieces = len(prepared.test)
         self._busiest = sorted(self._keys, key=lambda key: (-self._rows[key], key))
@@ -184,6 +198,7 @@ class _Conduct:
                 spec=spec,
                 manifest=manifest,
                 clients=prepared.clients,
+                plans=[self._plans[key] for key in self._keys],
                 test=prepared.test,
                 model=model_places,
                 slots=slot_places,
@@ -207,7 +222,7 @@ class _Conduct:
                 break
             number = number_after(self._spec, number)
         model = {name: array.copy() for name, array in self._model.items()}
-        return Simulation(self._spec, rounds, model, self._digest, self._manifest, self._statistics)
+        return Simulation(self._spec, rounds, model, self._digest, self._manifest, self._statistics, self._plans)
 
     def _round(self, number: int, test_every: int) -> Round:
         kind = kind_of_round(number, self._spec.rounds)
@@ -280,18 +295,36 @@ class _Conduct:
         strategy = strategy_of(self._spec.strategy)
         states = state_manifest(strategy, self._manifest)
         state_sink = MemorySink(states.tensors) if states is not None else None
+        updates = self._updates[: len(cohort)]
+        weights = [weight_of(self._spec.strategy, self._rows[key]) for key in cohort]
+        privacy, model = self._spec.privacy, MemorySource(self._model)
+        plan = self._plans[cohort[0]]
         try:
-            aggregate(
-                self._manifest,
-                MemorySource(self._model),
-                self._updates[: len(cohort)],
-                [weight_of(self._spec.strategy, self._rows[key]) for key in cohort],
-                strategy,
-                sink=self._next,
-                state=self._state,
-                state_sink=state_sink,
-            )
-        except NonFiniteAggregate as error:
+            if privacy.where is NoisePlace.CENTRAL and plan is not None:  # the same for all: rows have no part in it
+                aggregate_noised(
+                    self._manifest,
+                    model,
+                    updates,
+                    strategy,
+                    clip_norm=plan.clip_norm,
+                    noise_multiplier=plan.noise_multiplier,
+                    key=secrets.token_bytes(KEY_BYTES),
+                    sink=self._next,
+                    state=self._state,
+                    state_sink=state_sink,
+                )
+            else:
+                aggregate(
+                    self._manifest,
+                    model,
+                    updates,
+                    weights,
+                    strategy,
+                    sink=self._next,
+                    state=self._state,
+                    state_sink=state_sink,
+                )
+        except (NonFiniteAggregate, ValueError) as error:
             raise SimulationFailed(f"The updates of round {number} cannot be aggregated: {error}") from None
         for name, array in self._next.arrays.items():
             self._model[name][...] = array

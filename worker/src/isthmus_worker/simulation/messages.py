@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from isthmus.wire.base import Finite
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.manifest import Manifest
+from isthmus.wire.privacy import PrivacyPlan
 from isthmus_worker.simulation.regions import Place
 
 
@@ -35,6 +36,8 @@ class Begin(_Message):
     spec: JobSpec
     manifest: Manifest
     clients: list[ClientAt]
+    plans: list[PrivacyPlan | None]
+    """What the job's privacy section becomes at each of them."""
     test: list[ExamplesAt]
     """The test set, in pieces that are measured apart."""
     model: dict[str, Place]

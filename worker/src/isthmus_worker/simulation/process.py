@@ -39,7 +39,7 @@ from isthmus_worker.simulation.messages import (
     Train,
 )
 from isthmus_worker.simulation.regions import Region, array_at, arrays_at
-from isthmus_worker.work import holdout_metrics, local_update
+from isthmus_worker.work import holdout_measures, local_update
 
 
 class Bench:
@@ -53,6 +53,7 @@ class Bench:
             return Examples(inputs=array_at(memory, at.inputs), targets=array_at(memory, at.targets))
 
         self._clients = [Split(examples(client.training), examples(client.holdout)) for client in begin.clients]
+        self._plans = begin.plans
         self._test = [examples(piece) for piece in begin.test]
         self._model = arrays_at(model.map(writable=False), begin.model)
         self._model_region, self._model_places = model, begin.model
@@ -75,11 +76,12 @@ class Bench:
                 return Finished()
             case Train():
                 settle(order.seed, self._spec.training.threads)
-                update, metrics = local_update(
+                update, measures = local_update(
                     self._loaded(),
                     self._model,
                     self._clients[order.client],
                     self._spec,
+                    plan=self._plans[order.client],
                     manifest=self._manifest,
                     round_number=order.round_number,
                     seed=order.seed,
@@ -87,11 +89,15 @@ class Bench:
                 )
                 for name, array in self._slots[order.slot].items():
                     array[...] = update[name]
-                return Finished(metrics=metrics)
-            case Evaluate() | Test():
+                return Finished(metrics=measures.local)  # the records are the user's own
+            case Evaluate():
                 settle(order.seed, self._spec.training.threads)
-                held = self._clients[order.client].holdout if isinstance(order, Evaluate) else self._test[order.piece]
-                return Finished(metrics=holdout_metrics(self._loaded(), held, self._spec, _to_nobody))
+                held, plan = self._clients[order.client].holdout, self._plans[order.client]
+                return Finished(metrics=holdout_measures(self._loaded(), held, self._spec, plan, _to_nobody).local)
+            case Test():
+                settle(order.seed, self._spec.training.threads)
+                piece = self._test[order.piece]
+                return Finished(metrics=holdout_measures(self._loaded(), piece, self._spec, None, _to_nobody).local)
             case _:
                 raise AssertionError("to begin is no task")
 

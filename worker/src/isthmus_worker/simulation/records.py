@@ -16,9 +16,11 @@ from isthmus_worker.data import Table
 from isthmus_worker.features import Examples, encode_inputs, encode_targets, require_rows
 from isthmus_worker.measuring import measure_columns
 from isthmus_worker.parts import Marked, mark_holdout, split_examples
+from isthmus_worker.private_statistics import measure_privately
 from isthmus_worker.refusals import DataRefused
 from isthmus_worker.simulation.clients import Client, holdout_key_of
 from isthmus_worker.simulation.messages import ClientAt, ExamplesAt
+from isthmus_worker.simulation.privacy import Plans
 from isthmus_worker.simulation.regions import Layout, Region, array_at
 
 _TEST_PIECE: Final = 2048
@@ -44,12 +46,13 @@ class Prepared:
     statistics: FeatureStatistics | None
 
 
-def prepare(spec: JobSpec, clients: Sequence[Client], test: Table | None, region: Region) -> Prepared:
+def prepare(spec: JobSpec, clients: Sequence[Client], plans: Plans, test: Table | None, region: Region) -> Prepared:
     """Encode everything into `region`.
 
     Args:
         spec: the job, with its seed.
         clients: in canonical order.
+        plans: what the privacy section becomes at each of them.
         test: records that are held by nobody.
         region: empty; nothing of it stays mapped here.
 
@@ -61,7 +64,7 @@ def prepare(spec: JobSpec, clients: Sequence[Client], test: Table | None, region
     for client in clients:
         with _named(client):
             marked.append(mark_holdout(client.table, spec, holdout_key_of(client, spec.seed)))
-    statistics = _statistics(spec, clients, marked) if number_after(spec, None) == 0 else None
+    statistics = _statistics(spec, clients, plans, marked) if number_after(spec, None) == 0 else None
 
     layout = Layout()
     targets = marked[0].targets if marked else np.zeros(0, np.int64)
@@ -104,11 +107,17 @@ def prepare(spec: JobSpec, clients: Sequence[Client], test: Table | None, region
     return Prepared(places, pieces, statistics)
 
 
-def _statistics(spec: JobSpec, clients: Sequence[Client], marked: Sequence[Marked]) -> FeatureStatistics:
+def _statistics(spec: JobSpec, clients: Sequence[Client], plans: Plans, marked: Sequence[Marked]) -> FeatureStatistics:
     released: list[dict[str, NDArray[Any]]] = []
     for client, one in zip(clients, marked, strict=True):
+        plan = plans[client.key]
+        noise = None if plan is None else plan.statistics_noise_multiplier
         with _named(client):
-            released.append(measure_columns(one.table, spec.data, ~one.holdout))
+            released.append(
+                measure_columns(one.table, spec.data, ~one.holdout)
+                if noise is None
+                else measure_privately(one.table, spec.data, ~one.holdout, noise)
+            )
     return merge_statistics(spec.data, released)
 
 

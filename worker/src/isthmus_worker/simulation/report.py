@@ -89,6 +89,7 @@ def rounds_json(simulation: Simulation, holdings: Sequence[Holding]) -> dict[str
         "job": simulation.spec.name,
         "seed": simulation.spec.seed,
         "digest": simulation.digest,
+        "privacy": _privacy_json(simulation),
         "clients": [
             {"client": one.name, "rows": one.rows, "classes": {str(label): n for label, n in one.classes.items()}}
             for one in holdings
@@ -100,6 +101,7 @@ def rounds_json(simulation: Simulation, holdings: Sequence[Holding]) -> dict[str
 def clients_table(simulation: Simulation, holdings: Sequence[Holding], labels: Sequence[str] | None) -> Shown:
     """One line a client: what it holds, how many rounds it trained in, and what was measured there last."""
     trained = Counter(key for one in simulation.rounds if one.kind is TaskKind.TRAIN for key in one.cohort)
+    epsilons = simulation.epsilon_spent()
     last: dict[ParticipationKey, dict[str, float]] = {}
     for one in simulation.rounds:
         for key, metrics in one.sites.items():
@@ -113,12 +115,14 @@ def clients_table(simulation: Simulation, holdings: Sequence[Holding], labels: S
             last.get(one.key, {}).get("train/loss"),
             last.get(one.key, {}).get("holdout/loss"),
             last.get(one.key, {}).get("holdout/accuracy"),
+            *([epsilons[one.key]] if epsilons else []),
         )
         for one in holdings[:_SHOWN_CLIENTS]
     ]
     if len(holdings) > _SHOWN_CLIENTS:
-        lines.append((f"and {len(holdings) - _SHOWN_CLIENTS} more", None, "", None, None, None, None))
+        lines.append((f"and {len(holdings) - _SHOWN_CLIENTS} more", None, "", *[None] * (5 if epsilons else 4)))
     columns = ["CLIENT", "RECORDS", "CLASSES", "ROUNDS", "TRAIN LOSS", "HELD-OUT LOSS", "HELD-OUT ACCURACY"]
+    columns += ["EPSILON"] if epsilons else []
     return table(columns, lines)
 
 
@@ -132,6 +136,30 @@ def last_measure(rounds: Sequence[Round]) -> str:
             if measure in metrics:
                 return f"{measure.replace('holdout/', 'held-out ').replace('/', ' ')} {metrics[measure]:.4f}"
     return ""
+
+
+def spent_sentence(simulation: Simulation) -> str:
+    """What the clients' releases add up to, in words; of a simulation with a privacy unit."""
+    epsilons, privacy = simulation.epsilon_spent(), simulation.spec.privacy
+    return (
+        f"Privacy {privacy.mode.value}: epsilon {min(epsilons.values()):.3g} to {max(epsilons.values()):.3g} was spent "
+        f"at the clients, at delta {privacy.claimed_delta:g}."
+    )
+
+
+def _privacy_json(simulation: Simulation) -> dict[str, Any]:
+    privacy, epsilons = simulation.spec.privacy, simulation.epsilon_spent()
+    return {
+        "mode": privacy.mode.value,
+        "delta": privacy.claimed_delta,
+        "repeatable": not epsilons,
+        "epsilon_spent": {f"{key.organization}/{key.dataset}": epsilon for key, epsilon in sorted(epsilons.items())},
+        "plans": {
+            f"{key.organization}/{key.dataset}": plan.model_dump(mode="json")
+            for key, plan in sorted(simulation.plans.items())
+            if plan is not None
+        },
+    }
 
 
 def _classes(held: Mapping[int, int], labels: Sequence[str] | None) -> str:

@@ -1,0 +1,179 @@
+"""What a job's privacy section promises at each dataset, and what of it was spent."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.dependencies import Caller
+from app.errors import NotFound
+from app.jobs.queries import visible_to
+from app.jobs.references import references
+from app.models import Dataset, Job, LedgerEntry, Organization, Participation
+from isthmus.privacy.cost import Cost
+from isthmus.privacy.explaining import explanation_of
+from isthmus.privacy.planning import grant_event, round_cost
+from isthmus.privacy.rdp import ORDERS_VERSION
+from isthmus.wire.jobs import JobSpec, JobState, ParticipationState
+from isthmus.wire.ledger import LedgerKind
+from isthmus.wire.organizations import Role
+from isthmus.wire.privacy import DatasetPrivacy, NoisePlace, PrivacyPlan, PrivacyReport
+
+LARGEST_REFERENCE = 20.0
+"""Above it a plan has no second opinion: it would take gigabytes, and nobody needs to know more precisely."""
+NO_PROMISE = 1e6
+"""The epsilon that is told where so much was spent that nothing is promised any more: JSON has no infinity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """What a ledger holds of one release of a job."""
+
+    round_number: int
+    cost: Cost | None
+    """As the ledger counts it; None: over orders of another version."""
+    elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What the database holds of one dataset's part in a job."""
+
+    organization: str
+    dataset: str
+    state: ParticipationState
+    declared_rows: int
+    plan: PrivacyPlan | None
+    releases: Sequence[Release]
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What a report is made of, read in one transaction."""
+
+    job_id: UUID
+    name: str
+    state: JobState
+    spec: JobSpec
+    parts: Sequence[Part]
+
+
+async def read_records(session: AsyncSession, caller: Caller, job_id: UUID) -> Records:
+    """A job, and its datasets as far as the caller may see them: a steward those of its own organization.
+
+    Raises:
+        NotFound: missing, or another's.
+    """
+    job = (await session.scalars(select(Job).where(Job.id == job_id, visible_to(caller)))).one_or_none()
+    if job is None:
+        raise NotFound("job", job_id)
+    statement = (
+        select(Participation, Organization.name, Dataset.name)
+        .join(Dataset, Dataset.id == Participation.dataset_id)
+        .join(Organization, Organization.id == Dataset.organization_id)
+        .where(Participation.job_id == job_id)
+        .order_by(Organization.name, Dataset.name)
+    )
+    if caller.role is Role.STEWARD:
+        statement = statement.where(Dataset.organization_id == caller.organization_id)
+    rows = (await session.execute(statement)).all()
+    releases = await _releases(session, job_id, [row[0].id for row in rows])
+    parts = [
+        Part(
+            organization=organization,
+            dataset=dataset,
+            state=participation.state,
+            declared_rows=participation.declared_rows,
+            plan=None if participation.plan is None else PrivacyPlan.model_validate(participation.plan),
+            releases=releases[participation.id],
+        )
+        for participation, organization, dataset in rows
+    ]
+    return Records(job.id, job.name, job.state, JobSpec.model_validate(job.spec), parts)
+
+
+async def _releases(session: AsyncSession, job_id: UUID, participations: Sequence[UUID]) -> dict[UUID, list[Release]]:
+    found = await session.execute(
+        select(
+            LedgerEntry.participation_id,
+            LedgerEntry.round_number,
+            LedgerEntry.orders_version,
+            LedgerEntry.rdp_nano,
+            LedgerEntry.draws,
+            LedgerEntry.elements,
+        )
+        .where(
+            LedgerEntry.job_id == job_id,
+            LedgerEntry.kind == LedgerKind.SPEND,
+            LedgerEntry.participation_id.in_(participations),
+        )
+        .order_by(LedgerEntry.sequence)
+    )
+    grouped: dict[UUID, list[Release]] = defaultdict(list)
+    for participation, number, version, nano, draws, elements in found:
+        assert number is not None, "every release is of a round"
+        cost = Cost(tuple(nano), draws) if version == ORDERS_VERSION else None
+        grouped[participation].append(Release(number, cost, elements))
+    return grouped
+
+
+async def report_of(records: Records) -> PrivacyReport:
+    """The report. It needs no database: figures that take long are computed meanwhile, and may be missing at first."""
+    spec = records.spec
+    words = explanation_of(spec)
+    plans = {part.plan for part in records.parts if part.plan is not None and part.plan.epsilon <= LARGEST_REFERENCE}
+    questions = {plan: (grant_event(spec, plan, spec.rounds), plan.delta) for plan in plans}
+    answers = await references.answers(list(questions.values()))
+    known = {plan: answers[question] for plan, question in questions.items()}
+    return PrivacyReport(
+        job_id=records.job_id,
+        job=records.name,
+        job_state=records.state.value,
+        unit=spec.privacy.unit,
+        where=spec.privacy.where,
+        mechanism=words.mechanism,
+        adjacency=words.adjacency,
+        guarantee=words.guarantee,
+        accountant=words.accountant,
+        delta=spec.privacy.claimed_delta,
+        max_orgs_per_person=spec.privacy.max_orgs_per_person,
+        assumptions=list(words.assumptions),
+        not_protected=list(words.not_protected),
+        released=list(words.released),
+        datasets=[_told(spec, part, known) for part in records.parts],
+    )
+
+
+def _told(spec: JobSpec, part: Part, known: Mapping[PrivacyPlan, float | None]) -> DatasetPrivacy:
+    plan = part.plan
+    return DatasetPrivacy(
+        organization=part.organization,
+        dataset=part.dataset,
+        state=part.state.value,
+        declared_rows=part.declared_rows,
+        plan=plan,
+        epsilon_spent=None if plan is None else epsilon_spent(spec, plan, part.releases),
+        epsilon_person=None if plan is None else plan.epsilon * spec.privacy.max_orgs_per_person,
+        epsilon_reference=None if plan is None else known.get(plan),
+        rounds_released=len({release.round_number for release in part.releases}),
+        releases=len(part.releases),
+    )
+
+
+def epsilon_spent(spec: JobSpec, plan: PrivacyPlan, releases: Iterable[Release]) -> float | None:
+    """Epsilon of what a job released of a dataset, at the job's delta; None if some cost cannot be added up any more.
+
+    Of the claim, not of the ledger: under central noise a ledger, which is of records, counts twice the sensitivity.
+    """
+    total = Cost.zero()
+    for release in releases:
+        if plan.where is NoisePlace.CENTRAL:
+            total = total + round_cost(spec, plan, release.round_number, release.elements)
+        elif release.cost is not None:
+            total = total + release.cost
+        else:
+            return None
+    return min(total.epsilon(plan.delta), NO_PROMISE)
