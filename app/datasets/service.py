@@ -13,6 +13,7 @@ from app.database import clock
 from app.datasets import queries
 from app.datasets.announcements import require_newer, require_signature
 from app.datasets.budgets import open_ledger, settle_budget
+from app.datasets.handovers import take_over
 from app.dependencies import Caller
 from app.errors import DatasetServedElsewhere, Forbidden, PolicyLoosened, StateConflict
 from app.federation.lifecycle import ENDED_JOBS
@@ -29,8 +30,8 @@ async def announce_dataset(session: AsyncSession, name: str, body: AnnounceDatas
 
     Announced again by its worker, it takes the new description and number of rows and stays confirmed. Other columns,
     another lineage, a policy that allows more than the last one, or another worker (which needs the former one to be
-    revoked), are for the steward to confirm anew; a policy that allows less is in force at once. A retired dataset
-    stays retired. Announcing what is known already changes nothing.
+    revoked), are for the steward to confirm anew; a policy that allows less is in force at once. A worker to which the
+    former one has handed the dataset on takes its place. A retired dataset stays retired. Announcing what is known already changes nothing.
 
     Raises:
         PolicySignatureInvalid: policy and lineage are not signed by the worker for this dataset, or not last.
@@ -48,6 +49,8 @@ async def announce_dataset(session: AsyncSession, name: str, body: AnnounceDatas
         else:  # another worker was faster by a moment
             dataset = await queries.find_dataset(session, organization_id, name)
             assert dataset is not None, "datasets are never deleted"
+    if body.handover is not None:
+        await take_over(session, dataset, body.handover, organization=organization, taker=worker, now=now)
     if await _change(session, dataset, body, worker_id=worker_id, now=now):
         await _announced(session, dataset, at=now, actor=caller.name)
     ledger = await _settle(session, dataset.ledger_id, at=now, actor=caller.name)

@@ -198,7 +198,7 @@ UNTRUE: dict[str, tuple[dict[str, Any], ProblemCode, str]] = {
     "noised-results-of-organizations": (organization(evaluation={"release": "noised"}), INVALID, "use local"),
     "noised-results-without-a-claim": (plain(evaluation={"release": "noised"}), INVALID, "use exact or local"),
     "noised-results-without-a-target": (
-        {**plain(privacy=RECORD), "evaluation": {"release": "noised"}}, INVALID, "evaluation.noise_multiplier is needed",
+        {**plain(privacy=RECORD), "evaluation": {"release": "noised"}}, INVALID, "noise_multiplier is needed",
     ),
     "noise-for-results-that-stay": (
         {**record(), "evaluation": {"release": "local", "noise_multiplier": 1.0}}, INVALID, "goes with release: noised",

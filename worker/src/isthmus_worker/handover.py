@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from isthmus.wire.base import Digest, Name, canonical_json
 from isthmus.wire.datasets import Handover, Signature, handover_bytes
@@ -62,7 +62,7 @@ class Document(_Part):
     dataset: Name
     giver: Digest
     taker: Digest
-    signed_at: datetime
+    signed_at: AwareDatetime
     lineage: Digest
     contents: list[Digest]
     sketches: dict[Digest, Sketch]

@@ -204,7 +204,7 @@ class Handover(Request):
     """Hash of its last entry."""
     document: Digest
     """Of all that was handed on."""
-    signed_at: datetime
+    signed_at: AwareDatetime
     given: Signature
     """Over `handover_bytes`, by the giver."""
     taken: Signature

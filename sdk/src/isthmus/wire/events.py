@@ -31,6 +31,7 @@ class EventKind(StrEnum):
     DATASET_RETIRED = "dataset-retired"
     DATASET_POLICY_SET = "dataset-policy-set"
     DATASET_BUDGET_SET = "dataset-budget-set"
+    DATASET_MOVED = "dataset-moved"  # handed on by its worker to another
     JOB_CREATED = "job-created"
     MODEL_UPLOADED = "model-uploaded"
     JOB_STARTED = "job-started"

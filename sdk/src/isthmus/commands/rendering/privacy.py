@@ -107,6 +107,7 @@ def draw_outlook(path: Path, spec: JobSpec, found: Outlook) -> None:
         raise typer.BadParameter("the job has no epsilon to draw: it claims no privacy, or its target is out of reach")
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - slow, and not always installed
+        from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
     except ImportError:
         raise typer.BadParameter(MISSING) from None
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
@@ -117,7 +118,7 @@ def draw_outlook(path: Path, spec: JobSpec, found: Outlook) -> None:
     if spec.privacy.epsilon is not None:
         axes.axhline(spec.privacy.epsilon, color="black", linestyle="--", linewidth=1, label="the job's target")
     axes.set_xlabel("round")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(f"epsilon at delta {spec.privacy.claimed_delta:g}")
     axes.set_ylim(bottom=0)
     axes.set_title(f"{spec.name}: what each dataset has spent after every round")
