@@ -1,4 +1,4 @@
-"""A dataset changes its worker without anybody being revoked, when the old worker and the new one have both signed it."""
+"""A dataset changes its worker without anybody being revoked, when the old worker and the new one have signed it."""
 
 from datetime import datetime
 

@@ -31,7 +31,8 @@ async def announce_dataset(session: AsyncSession, name: str, body: AnnounceDatas
     Announced again by its worker, it takes the new description and number of rows and stays confirmed. Other columns,
     another lineage, a policy that allows more than the last one, or another worker (which needs the former one to be
     revoked), are for the steward to confirm anew; a policy that allows less is in force at once. A worker to which the
-    former one has handed the dataset on takes its place. A retired dataset stays retired. Announcing what is known already changes nothing.
+    former one has handed the dataset on takes its place. A retired dataset stays retired. Announcing what is known
+    already changes nothing.
 
     Raises:
         PolicySignatureInvalid: policy and lineage are not signed by the worker for this dataset, or not last.

@@ -82,7 +82,9 @@ def finished(
             public_key = load_signer(folder / "data" / "signing-key.pem", create=False).public_key
             states = [StateDir.open(folder / "states" / site.organization.name) for site in federation.sites]
             journals = [Journal.open(state) for state in states]
-            job = federation.start(job_spec(rounds=ROUNDS, strategy="fedavgm", privacy={"clip_norm": 100.0}))
+            job = federation.start(
+                job_spec(rounds=ROUNDS, strategy="fedavgm", privacy={"unit": "none", "clip_norm": 100.0})
+            )
             for _ in range(ROUNDS):
                 for number, site in reversed(list(enumerate(federation.sites))):
                     offer = site.claim()

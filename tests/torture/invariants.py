@@ -26,9 +26,14 @@ from app.credentials import verify
 from app.federation.pooling import pool_metrics
 from app.rounds.aggregation import write_aggregate
 from isthmus.federation.strategies import strategy_of
+from isthmus.privacy.chain import ChainBroken
+from isthmus.privacy.chain import verify as verify_entries
+from isthmus.privacy.rdp import ORDERS
 from isthmus.wire.events import GENESIS, event_hash
 from isthmus.wire.jobs import JobSpec
+from isthmus.wire.ledger import LedgerEntryView
 from isthmus.wire.manifest import Manifest
+from isthmus.wire.privacy import PrivacyMode
 from isthmus.wire.rounds import receipt_bytes
 
 Row = dict[str, Any]
@@ -62,12 +67,12 @@ def check_job(record: Record, job_id: UUID) -> list[str]:
 
 
 def check_everything(record: Record, *, most_unreferred: int) -> list[str]:
-    """What holds across jobs: numbered ledgers, chains, one open round a job, an idle queue, and a tidy disk.
+    """What holds across jobs: ledgers, chains, one open round a job, an idle queue, and a tidy disk.
 
     Args:
         most_unreferred: so many files that no row names may be left, by processes that were killed.
     """
-    rules = (_ledger_numbers, _all_chains, _one_open_round, _idle_queue)
+    rules = (_ledgers, _all_chains, _one_open_round, _idle_queue)
     found = [wrong for rule in rules for wrong in rule(record)]
     unreferred = unreferred_files(record)
     if len(unreferred) > most_unreferred:
@@ -165,14 +170,22 @@ def _updates(record: Record, job: Row) -> list[Row]:
 
 
 def _update_blobs(record: Record, job: Row) -> Iterator[str]:
-    """What the rows name lies on the disk, with the bytes that they name."""
+    """What the rows name lies on the disk, with the bytes that they name; not what was summed under central noise."""
     for row in _updates(record, job):
-        if not row["excluded"]:
+        if row["kind"] == "train" and _is_central(job) and not row["excluded"]:
+            if row["blob_key"] is not None:
+                yield f"round {row['number']}: an update lies on that was summed under central noise"
+        elif not row["excluded"]:
             yield from _blob(record, row["blob_key"], row["digest"], row["size_bytes"])
     for row in record.rows("SELECT * FROM checkpoints WHERE job_id = %s", job["id"]):
         yield from _blob(record, checkpoint_key(row["digest"]), row["digest"], row["size_bytes"])
         if row["state_digest"] is not None:
             yield from _blob(record, checkpoint_key(row["state_digest"]), row["state_digest"], None)
+
+
+def _is_central(job: Row) -> bool:
+    """Whether the service adds the job's noise: then neither updates nor keys are kept."""
+    return JobSpec.model_validate(job["spec"]).privacy.mode is PrivacyMode.CENTRAL
 
 
 def _blob(record: Record, key: str, digest: str, size_bytes: int | None) -> Iterator[str]:
@@ -195,7 +208,9 @@ def _replay(record: Record, job: Row) -> Iterator[str]:
         members = [row for row in _contributions(record, of["id"]) if row["position"] is not None]
         if of["metrics"] != pool_metrics([row["released"] for row in members]):
             yield f"round {of['number']}: its metrics are not those of its set"
-        if of["kind"] != "train":
+        if of["noise_key"] is not None:
+            yield f"round {of['number']}: the key of its noise is still there"
+        if of["kind"] != "train" or _is_central(job):
             continue
         before, after = checkpoints.get(of["number"] - 1), checkpoints.get(of["number"])
         if before is None or after is None:  # told by the rule of the rounds
@@ -232,8 +247,10 @@ def _replay(record: Record, job: Row) -> Iterator[str]:
 
 
 def _ledger(record: Record, job: Row) -> Iterator[str]:
-    """What was admitted was charged, once; nothing else was; and the grants count the training rounds."""
-    entries = record.rows("SELECT * FROM ledger_entries WHERE job_id = %s", job["id"])
+    """What was admitted was spent, once; nothing else was; the grants count the training rounds; and nothing of what
+    was reserved is left."""
+    everything = record.rows("SELECT * FROM ledger_entries WHERE job_id = %s", job["id"])
+    entries = [row for row in everything if row["kind"] == "spend"]
     charged = Counter((row["participation_id"], row["round_number"], row["release"]) for row in entries)
     if twice := [key for key, count in charged.items() if count > 1]:
         yield f"{len(twice)} releases were charged twice"
@@ -242,12 +259,17 @@ def _ledger(record: Record, job: Row) -> Iterator[str]:
         " JOIN rounds r ON r.id = t.round_id WHERE t.job_id = %s AND t.admitted_digest IS NOT NULL",
         job["id"],
     )
+    if _is_central(job):  # a training round is spent for when its noise is drawn: for its set, and for nothing else
+        summed = [row for row in _updates(record, job) if row["position"] is not None and row["kind"] == "train"]
+        admitted = [row for row in admitted if row["kind"] != "train"] + summed
     spends = {(row["participation_id"], row["round_number"], row["release"], row["digest"]) for row in entries}
     admissions = {(row["participation_id"], row["number"], row["kind"], row["digest"]) for row in admitted}
     for key in spends ^ admissions:
         yield f"round {key[1]}: {'charged and not admitted' if key in spends else 'admitted and not charged'}"
+    yield from _reservations(record, job, everything)
     for row in _updates(record, job):
-        if (row["participation_id"], row["number"], row["kind"], row["digest"]) not in spends:
+        unsummed = _is_central(job) and row["kind"] == "train" and row["position"] is None
+        if not unsummed and (row["participation_id"], row["number"], row["kind"], row["digest"]) not in spends:
             yield f"round {row['number']}: an update was accepted that was not charged"
     for row in record.rows(
         "SELECT g.* FROM grants g JOIN participations p ON p.id = g.participation_id WHERE p.job_id = %s", job["id"]
@@ -257,6 +279,22 @@ def _ledger(record: Record, job: Row) -> Iterator[str]:
             yield f"a grant counts {row['rounds_used']} rounds, and {rounds} were charged"
 
 
+def _reservations(record: Record, job: Row, entries: list[Row]) -> Iterator[str]:
+    """Reserved is spent or refunded, to the unit; and no job spent more than was reserved for it."""
+    for part in record.rows("SELECT * FROM participations WHERE job_id = %s", job["id"]):
+        mine = sorted(
+            (row for row in entries if row["participation_id"] == part["id"]), key=lambda row: row["sequence"]
+        )
+        promised = [0] * len(ORDERS)
+        for row in mine:
+            sign = 1 if row["kind"] == "reserve" else -1
+            promised = [one + sign * other for one, other in zip(promised, row["rdp_nano"], strict=True)]
+            if min(promised) < 0:
+                yield f"entry {row['sequence']} takes more than was reserved"
+        if any(promised) or part["reserved_nano"] is not None or part["reserved_draws"]:
+            yield "something is still reserved for a job that is over"
+
+
 def _journals(record: Record, job: Row) -> Iterator[str]:
     """Each worker's own account shows at least what the service's does, and every receipt in it stands."""
     parts = record.rows(
@@ -264,7 +302,7 @@ def _journals(record: Record, job: Row) -> Iterator[str]:
         " JOIN organizations o ON o.id = d.organization_id WHERE p.job_id = %s",
         job["id"],
     )
-    entries = record.rows("SELECT * FROM ledger_entries WHERE job_id = %s", job["id"])
+    entries = record.rows("SELECT * FROM ledger_entries WHERE job_id = %s AND kind = 'spend'", job["id"])
     updates = _updates(record, job)
     for part in parts:
         releases = _releases(record.journals[part["organization"]], str(part["id"]))
@@ -284,11 +322,35 @@ def _journals(record: Record, job: Row) -> Iterator[str]:
                     yield f"{who}: its own ledger does not show the spend of round {entry['round_number']}"
                 elif mine != entry["digest"]:
                     yield f"{who}: its ledger and the service's name other bytes for round {entry['round_number']}"
+        yield from _own_ledger(who, record.journals[who], str(part["id"]), entries, part["id"])
         stored = {(row["number"], row["kind"]): row for row in updates if row["participation_id"] == part["id"]}
         acknowledged = {(row["round_number"], row["kind"]): row for row in releases if row["state"] == "acknowledged"}
         for key, row in acknowledged.items():
             yield from _acknowledged(who, row, stored.get(key))
         yield from _files(who, record.journals[who], releases)
+
+
+def _own_ledger(who: str, state: Path, participation_id: str, entries: list[Row], part: UUID) -> Iterator[str]:
+    """The worker's ledger has an entry for each release that the service spent for, of the same cost, and only one."""
+    uri = f"{(state / 'journal.sqlite').resolve().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(uri, uri=True, timeout=10)) as connection:
+        bodies = [json.loads(row[0]) for row in connection.execute("SELECT body FROM ledger_entries")]
+    own = Counter[tuple[int, str]]()
+    costs: dict[tuple[int, str], list[int]] = {}
+    for body in bodies:
+        if body.get("participation_id") == participation_id:
+            key = (int(body["round_number"]), str(body["kind"]))
+            own[key] += 1
+            costs[key] = body["nano"]
+    if twice := [key for key, count in own.items() if count > 1]:
+        yield f"{who}: its own ledger shows {len(twice)} releases twice"
+    for entry in entries:
+        if entry["participation_id"] == part:
+            key = (entry["round_number"], entry["release"])
+            if key not in costs:
+                yield f"{who}: its own ledger has no entry for round {entry['round_number']}"
+            elif costs[key] != entry["rdp_nano"]:
+                yield f"{who}: its own ledger has another cost for round {entry['round_number']}"
 
 
 def _acknowledged(who: str, release: Row, update: Row | None) -> Iterator[str]:
@@ -364,12 +426,30 @@ def _all_chains(record: Record) -> Iterator[str]:
         yield from _chain(record, row["name"])
 
 
-def _ledger_numbers(record: Record) -> Iterator[str]:
-    for row in record.rows(
-        "SELECT dataset_id, array_agg(sequence ORDER BY sequence) AS numbers FROM ledger_entries GROUP BY 1"
-    ):
-        if row["numbers"] != list(range(1, len(row["numbers"]) + 1)):
-            yield f"the ledger of dataset {row['dataset_id']} is not numbered without gaps"
+def _ledgers(record: Record) -> Iterator[str]:
+    """Every ledger's entries are numbered without gaps and chained up to its head, and its sums are theirs."""
+    for ledger in record.rows("SELECT * FROM ledgers"):
+        who = f"the ledger {ledger['id']}"
+        rows = record.rows("SELECT * FROM ledger_entries WHERE ledger_id = %s ORDER BY sequence", ledger["id"])
+        if [row["sequence"] for row in rows] != list(range(1, len(rows) + 1)):
+            yield f"{who} is not numbered without gaps"
+            continue
+        views = [
+            LedgerEntryView.model_validate({**row, "event": None if row["event"] is None else json.loads(row["event"])})
+            for row in rows
+        ]
+        try:
+            verify_entries(views, until=(ledger["head_sequence"], ledger["head_hash"]))
+        except ChainBroken as error:
+            yield f"{who}: {error}"
+        reserved, spent = [0] * len(ORDERS), [0] * len(ORDERS)
+        for row in rows:
+            sign = 1 if row["kind"] == "reserve" else -1
+            reserved = [one + sign * other for one, other in zip(reserved, row["rdp_nano"], strict=True)]
+            if row["kind"] == "spend":
+                spent = [one + other for one, other in zip(spent, row["rdp_nano"], strict=True)]
+        if (reserved, spent) != (ledger["reserved_nano"], ledger["spent_nano"]):
+            yield f"{who}: its sums are not those of its entries"
 
 
 def _one_open_round(record: Record) -> Iterator[str]:
@@ -392,7 +472,10 @@ def _idle_queue(record: Record) -> Iterator[str]:
 
 def unreferred_files(record: Record) -> list[str]:
     """Files in the blob store that no row names: drafts, and what killed processes had stored and not recorded."""
-    named = {row["blob_key"] for row in record.rows("SELECT blob_key FROM updates WHERE NOT excluded")}
+    named = {
+        row["blob_key"]
+        for row in record.rows("SELECT blob_key FROM updates WHERE NOT excluded AND blob_key IS NOT NULL")
+    }
     for row in record.rows("SELECT digest, state_digest FROM checkpoints"):
         named |= {checkpoint_key(digest) for digest in (row["digest"], row["state_digest"]) if digest is not None}
     present = {str(path.relative_to(record.blobs)) for path in record.blobs.rglob("*") if path.is_file()}
@@ -407,5 +490,7 @@ def digests_of(record: Record, job_id: UUID) -> tuple[str, ...]:
 
 def spends_of(record: Record, job_ids: Collection[UUID]) -> int:
     """How many releases were charged for jobs."""
-    (row,) = record.rows("SELECT count(*) AS spends FROM ledger_entries WHERE job_id = ANY(%s)", list(job_ids))
+    (row,) = record.rows(
+        "SELECT count(*) AS spends FROM ledger_entries WHERE kind = 'spend' AND job_id = ANY(%s)", list(job_ids)
+    )
     return int(row["spends"])

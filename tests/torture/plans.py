@@ -37,12 +37,34 @@ _WIDE: Final = {
 }  # fmt: skip
 _ALL: Final = {"min_updates": 3, "deadline_s": 600, "attempts": 8}
 
+_SEX: Final = {"name": "sex", "categories": ["Female", "Male"]}
+_RANGED: Final = {
+    "task": "classification", "target": "disease", "classes": 2, "standardize": "federated",
+    "features": [
+        {"name": "age", "range": [0, 120]}, {"name": "chol", "range": [50, 500], "missing": "indicate"}, _SEX
+    ],
+}  # fmt: skip
+_ORGANIZATIONS: Final = {
+    "model": {"layers": [{"linear": {"in": 3, "out": 4}}, "relu", {"linear": {"in": 4, "out": 2}}]},
+    "data": {"task": "classification", "target": "disease", "classes": 2, "features": ["age", _SEX]},
+    "strategy": {"fedavg": {"weights": "uniform"}},
+    "evaluation": {"holdout": 0.25},
+}
+_LOUD: Final = {"clip_norm": 0.5, "noise_multiplier": 20.0}
+"""So that the budgets of a ground last for hundreds of jobs."""
+
 VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "plain": {},
     "momentum": {"strategy": "fedavgm"},
     "adam": {"strategy": {"fedadam": {"lr": 0.05}}},
     "wide": {"model": _WIDE, "strategy": "fedavgm"},  # bodies of more than a megabyte
-    "noise": {"privacy": {"clip_norm": 0.5, "noise_multiplier": 1.0}},
+    "record": {
+        "data": _RANGED,
+        "privacy": {"unit": "record", "epsilon": 1.0, "clip_norm": 1.0},
+        "evaluation": {"holdout": 0.25, "release": "noised"},
+    },
+    "local": {**_ORGANIZATIONS, "privacy": {"unit": "organization", "where": "local", **_LOUD}},
+    "central": {**_ORGANIZATIONS, "privacy": {"unit": "organization", "where": "central", **_LOUD}},
     "over-selection": {"cohort": {**_ALL, "min_updates": 2, "fraction": 0.6, "over_selection": 1}},
 }
 EXACT: Final = ("plain", "momentum", "adam", "wide")
@@ -135,11 +157,12 @@ def _role(point: str, site: str) -> str:
 def every_point() -> Iterator[Plan]:
     """Each named point once, by SIGKILL, in the middle of training; half of them in each layout."""
     for number, point in enumerate(POINTS.values()):
-        steps = [Step(point.name, _role(point.name, SITES[number % 3]), 1 if point.needs else 2, KILL, 0.3)]
+        first = 1 if point.needs or point.variant else 2
+        steps = [Step(point.name, _role(point.name, SITES[number % 3]), first, KILL, 0.3)]
         if point.needs:
             steps.append(Step(point.needs, SITES[number % 3], 2, KILL, 2.5))
         layout = ONE if point.needs else LAYOUTS[number % 2]  # which process comes by then is decided by a race
-        yield Plan(f"point {point.name}", layout, EXACT[number // 2 % len(EXACT)], tuple(steps))
+        yield Plan(f"point {point.name}", layout, point.variant or EXACT[number // 2 % len(EXACT)], tuple(steps))
 
 
 def every_disturbance() -> Iterator[Plan]:

@@ -24,11 +24,15 @@ class Point:
     words: str
     needs: str = ""
     """Another point: it is passed only after a process of a site was killed there."""
+    variant: str = ""
+    """The job that passes it, where not every one does."""
 
 
-def _points(program: str, *rows: tuple[str, ...]) -> list[Point]:
+def _points(program: str, *rows: tuple[str, ...], variant: str = "") -> list[Point]:
     """Rows of (name, when, module:attribute, words), and what it needs if anything."""
-    return [Point(name, program, *where.split(":"), when, *words) for name, when, where, *words in rows]
+    return [
+        Point(name, program, *where.split(":"), when, *words, variant=variant) for name, when, where, *words in rows
+    ]
 
 
 POINTS: Final[dict[str, Point]] = {
@@ -69,6 +73,18 @@ POINTS: Final[dict[str, Point]] = {
             ("sweep-rounds", "before", "app.coordinator:list_due_rounds", "a sweep has done leases and grants"),
         ),
         *_points(
+            COORDINATOR,
+            ("noise-due", "before", "app.rounds.aggregation:spend_for_noise", "nothing is spent for central noise yet"),
+            ("noise-spent", "after", "app.rounds.aggregation:spend_for_noise", "spent, with the key, not committed"),
+            ("inputs-forgotten", "after", "app.rounds.aggregation:forget_inputs", "key and updates go, not committed"),
+            variant="central",
+        ),
+        *_points(
+            COORDINATOR,
+            ("refund-uncommitted", "after", "app.coordinator:refund", "refunded, not committed"),
+            variant="record",
+        ),
+        *_points(
             AGENT,
             ("task-in-hand", "before", "isthmus_worker.loop:Agent.serve", "a task was claimed, nothing is done"),
             ("model-unfetched", "before", "isthmus_worker.loop:Agent._model", "the model is about to be fetched"),
@@ -90,6 +106,11 @@ POINTS: Final[dict[str, Point]] = {
             ("in-an-epoch", "after", "isthmus_worker.training:loss_of", "some batches are done"),
             ("composing", "before", "isthmus_worker.work:_composed", "trained, nothing is written"),
             ("upload-written", "after", "isthmus_worker.work:write", "the upload is written, the agent was not told"),
+        ),
+        *_points(
+            CHILD,
+            ("noise-drawn", "after", "isthmus_worker.private_training:clipped_sum", "between two noised steps"),
+            variant="record",
         ),
     ]
 }  # fmt: skip

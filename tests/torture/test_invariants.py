@@ -101,13 +101,38 @@ BREAKS: dict[str, tuple[Break, str]] = {
         statement(f"UPDATE ledger_entries SET digest = {ANOTHER} WHERE id = {ONE_ENTRY}", table="ledger_entries"),
         "charged and not admitted",
     ),
+    "a ledger row costs less": (
+        statement(f"UPDATE ledger_entries SET draws = 5 WHERE id = {ONE_ENTRY}", table="ledger_entries"),
+        "tampered with at entry",
+    ),
+    "a ledger's sum is not its entries'": (
+        statement(
+            "UPDATE ledgers SET spent_nano[1] = 7, closed = true WHERE id = (SELECT id FROM ledgers ORDER BY id LIMIT 1)",
+            table="ledgers",
+        ),
+        "its sums are not those of its entries",
+    ),
+    "a reservation is left": (
+        statement(
+            "UPDATE participations SET reserved_draws = 5 WHERE id = (SELECT id FROM participations ORDER BY id LIMIT 1)",
+            table="participations",
+        ),
+        "still reserved for a job that is over",
+    ),
+    "a worker's own ledger counts a release twice": (
+        journal(
+            "INSERT INTO ledger_entries SELECT lineage, 99, body, previous_hash, hash FROM ledger_entries"
+            " WHERE sequence = 2"
+        ),
+        "shows 1 releases twice",
+    ),
     "a release is charged twice": (
         statement(
             "ALTER TABLE ledger_entries DROP CONSTRAINT uq_ledger_entries_charge_key;"
-            "INSERT INTO ledger_entries (id, dataset_id, sequence, kind, job_id, participation_id, round_number,"
-            " release, noise_multiplier, elements, digest, created_at) SELECT gen_random_uuid(), dataset_id, 99, kind,"
-            " job_id, participation_id, round_number, release, noise_multiplier, elements, digest, created_at"
-            f" FROM ledger_entries WHERE id = {ONE_ENTRY}"
+            "INSERT INTO ledger_entries (id, ledger_id, dataset_id, kind, mode, orders_version, rdp_nano, draws,"
+            " job_id, participation_id, round_number, release, elements, digest) SELECT gen_random_uuid(), ledger_id,"
+            " dataset_id, kind, mode, orders_version, rdp_nano, draws, job_id, participation_id, round_number, release,"
+            f" elements, digest FROM ledger_entries WHERE id = {ONE_ENTRY}"
         ),
         "charged twice",
     ),
@@ -246,7 +271,7 @@ BREAKS: dict[str, tuple[Break, str]] = {
         journal(
             "INSERT INTO releases SELECT 99, participation_id, round_number, 'another model', spec_digest, kind,"
             " 'prepared', job, dataset, task_id, fence, digest, size_bytes, 0, NULL, clip_norm, noise_multiplier,"
-            " prepared_at, NULL, NULL, NULL, NULL, NULL FROM releases WHERE round_number = 2"
+            " prepared_at, NULL, NULL, NULL, NULL, NULL, NULL, NULL FROM releases WHERE round_number = 2"
         ),
         "noised twice for one round",
     ),

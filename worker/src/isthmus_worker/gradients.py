@@ -5,7 +5,8 @@ that no noise covers. It is tried out on made-up records before it sees a real o
 """
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -15,13 +16,15 @@ from opacus.grad_sample import GradSampleModule
 from opacus.layers import DPGRU, DPLSTM, DPRNN
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.hooks import RemovableHandle
 
 from isthmus_worker.refusals import ModelRefused
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) -> the loss of each record."""
 
-MOST_RECORDS: Final = 16
+MOST_RECORDS: Final = 32
 """At once: more need more memory and are no faster."""
 MOST_BYTES: Final = 1 << 26
 """Of the gradients of the records that are worked on at once; one record's may be larger."""
@@ -41,6 +44,8 @@ _INSTEAD: Final[Mapping[str, str]] = {
     "ConvTranspose3d": "Upsample and Conv3d",
 }
 _FLAT: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PARTS: Final = 4
+_FEWEST: Final = 4
 _NEAR: Final = 1e-3
 """How far float32 sums of the same gradients may differ, beside the sum of their lengths."""
 
@@ -102,7 +107,8 @@ class RecordGradients:
 
     The number is always the same because the last digits of what a processor computes for one record depend on how
     many it computes at once: were it as many as the coins chose, one record more would change the gradients of others.
-    Places that no record takes are filled with zeros, and what comes of them is left out.
+    Places that no record takes are filled with zeros, and what comes of them is left out. Smaller numbers are used only
+    where `try_out` has found that they give the same gradients, bit by bit.
 
     Use as a context: at the end the hooks are taken off, and the model's own layers are put back.
     """
@@ -124,11 +130,13 @@ class RecordGradients:
         self._still = _padding_rows(model)
         self._hooked = GradSampleModule(model, loss_reduction="sum", strict=True)
         self._inputs = torch.zeros(at_once, *record_shape)
+        self._sizes = [at_once]
+        self._handles: list[RemovableHandle] = []
 
     @property
     def at_once(self) -> int:
-        """How many records are worked on at a time."""
-        return len(self._inputs)
+        """How many records are worked on at a time, at most."""
+        return self._sizes[-1]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -149,44 +157,97 @@ class RecordGradients:
             ModelRefused: a parameter has no gradient for each record.
         """
         records = len(inputs)
-        self._inputs.zero_()
-        self._inputs[:records] = inputs
-        filled = targets.new_zeros((self.at_once, *targets.shape[1:]))
-        filled[:records] = targets
-        losses = self._backward(self._inputs, filled)
-        found = [self._taken(name, parameter)[:records] for name, parameter in self._trained.items()]
+        size = next(size for size in self._sizes if size >= records)
+        filled, wanted = self._inputs[:size], targets
+        filled[:records] = inputs
+        if size > records:
+            filled[records:] = 0.0
+            wanted = targets.new_zeros((size, *targets.shape[1:]))
+            wanted[:records] = targets
+        losses = self._backward(filled, wanted)
+        found = [self._taken(name, parameter, size)[:records] for name, parameter in self._trained.items()]
         return found, float(losses[:records].sum())
 
     def try_out(self, targets: Tensor) -> None:
         """Run made-up records through the model, whose loss takes `targets` [0, ...].
 
+        Where records' gradients depend on how many are worked on at once, or on their places, down to the last bit,
+        fewer numbers of them are used from here on.
+
         Raises:
             ModelRefused: a record's outputs depend on other records, the model changes its own tensors, or the records'
                 gradients do not add up to the batch's.
         """
-        # Embeddings take whole numbers: 0 and 1 are some to all of them. Seeded, so that the answer is always the same.
-        chance = torch.Generator().manual_seed(1)
-        made_up = torch.randint(0, 2, self._inputs.shape, generator=chance).to(self._inputs.dtype)
-        if not any(isinstance(layer, nn.Embedding) for layer in self._model.modules()):
-            made_up = torch.randn(self._inputs.shape, generator=chance)
-        others = made_up.roll(1, dims=0) * 2 if len(made_up) > 2 else made_up.clone()
-        others[0] = made_up[0]
+        made_up, wanted = self._made_up(), targets.new_zeros((len(self._inputs), *targets.shape[1:]))
         held = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         before = {name: tensor.detach().clone() for name, tensor in held.items()}
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            one, other = (self._first_output(records) for records in (made_up, others))
-        if not torch.equal(one, other):
-            raise ModelRefused("Unit record: what the model makes of a record depends on the other records of a batch.")
-        self._backward(made_up, targets.new_zeros((self.at_once, *targets.shape[1:])))
+        try:
+            self._require_apart(made_up)
+            self._require_whole(made_up, wanted)
+        except RuntimeError as error:
+            said = str(error).partition("\n")[0]
+            raise ModelRefused(f"Unit record: single records cannot be followed through the model: {said}") from None
         for name, tensor in held.items():
             if not torch.equal(tensor.detach().nan_to_num(), before[name].nan_to_num()):
                 raise ModelRefused(f"Unit record: the model changes its tensor {name!r} as it is applied.")
+        self._handles = _leave_out_batch_gradients(self._model)
+        self._sizes = self._exchangeable_sizes(made_up, wanted)
+
+    def _made_up(self) -> Tensor:
+        """Seeded, so that the answer is always the same. Embeddings take whole numbers: 0 and 1 are some to most."""
+        chance = torch.Generator().manual_seed(1)
+        if any(isinstance(layer, nn.Embedding) for layer in self._model.modules()):
+            return torch.randint(0, 2, self._inputs.shape, generator=chance).to(self._inputs.dtype)
+        return torch.randn(self._inputs.shape, generator=chance)
+
+    def _require_apart(self, made_up: Tensor) -> None:
+        """Refuse a model that makes something else of the first record if the others are others."""
+        others = made_up.roll(1, dims=0).flip(0)
+        others[0] = made_up[0]
+        outputs = []
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for records in (made_up, others):
+                torch.manual_seed(1)
+                outputs.append(self._model(records.clone())[0].nan_to_num())
+        if not torch.equal(*outputs):
+            raise ModelRefused("Unit record: what the model makes of a record depends on the other records of a batch.")
+
+    def _require_whole(self, made_up: Tensor, wanted: Tensor) -> None:
+        """Refuse a model whose gradient is not the sum of what the hooks find for each record."""
+        self._backward(made_up, wanted)
         for name, parameter in self._trained.items():
-            whole = torch.zeros(1) if parameter.grad is None else parameter.grad.detach().double().reshape(-1)
-            parts = self._taken(name, parameter).astype(np.float64)
-            apart = np.linalg.norm(parts.sum(axis=0) - whole.numpy())
-            if apart > _NEAR * max(np.linalg.norm(parts, axis=1).sum(), float(whole.norm())):  # NaN is not more
+            whole = np.zeros(parameter.numel()) if parameter.grad is None else _flat(parameter.grad)
+            parts = self._taken(name, parameter, len(made_up)).astype(np.float64)
+            apart = np.linalg.norm(parts.sum(axis=0) - whole)
+            if apart > _NEAR * max(np.linalg.norm(parts, axis=1).sum(), np.linalg.norm(whole)):  # NaN is not more
                 raise ModelRefused(f"Unit record: the records' gradients of {name!r} do not add up to the batch's.")
+
+    def _exchangeable_sizes(self, made_up: Tensor, wanted: Tensor) -> list[int]:
+        """The numbers of records that may stand in for one another, ascending: all give the same gradients to a bit."""
+        most = len(made_up)
+
+        def gradients_of(records: Tensor) -> list[NDArray[Any]]:
+            self._backward(records, wanted[: len(records)])
+            found = [self._taken(name, parameter, len(records)) for name, parameter in self._trained.items()]
+            return [np.nan_to_num(array) for array in found]
+
+        with _without_dropout(self._model):
+            whole = gradients_of(made_up)
+            turned = gradients_of(made_up.roll(1, dims=0))
+            if not all(
+                np.array_equal(np.roll(one, 1, axis=0), other) for one, other in zip(whole, turned, strict=True)
+            ):
+                return [1]
+            sizes = [
+                size
+                for size in range(most // _PARTS, most, max(1, most // _PARTS))
+                if size >= _FEWEST
+                and all(
+                    np.array_equal(one[-size:], other)
+                    for one, other in zip(whole, gradients_of(made_up[-size:]), strict=True)
+                )
+            ]
+        return [*sizes, most]
 
     def keep_still(self) -> None:
         """Take out of the parameters' gradients what belongs to rows that are not trained (`padding_idx`)."""
@@ -203,25 +264,20 @@ class RecordGradients:
             losses.sum().backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         return losses.detach()
 
-    def _first_output(self, inputs: Tensor) -> Tensor:
-        torch.manual_seed(1)
-        outputs: Tensor = self._model(inputs.clone())
-        return outputs[0].nan_to_num()
-
-    def _taken(self, name: str, parameter: nn.Parameter) -> NDArray[Any]:
+    def _taken(self, name: str, parameter: nn.Parameter, records: int) -> NDArray[Any]:
         held: Any = parameter  # Opacus keeps attributes of its own there
-        found = held.grad_sample
+        found, held.grad_sample = held.grad_sample, None
+        if held.grad is not None and (found is None or self._handles):
+            raise ModelRefused(f"Unit record: {name!r} is used outside of its layer, so no record's part is known.")
+        held.grad = None
         if found is None:
-            if parameter.grad is not None:
-                raise ModelRefused(f"Unit record: {name!r} is used outside of its layer, so no record's part is known.")
-            return np.zeros((self.at_once, parameter.numel()), np.float32)
-        if not isinstance(found, Tensor) or found.shape != (self.at_once, *parameter.shape):
+            return np.zeros((records, parameter.numel()), np.float32)
+        if not isinstance(found, Tensor) or found.shape != (records, *parameter.shape):
             raise ModelRefused(f"Unit record: {name!r} has no gradient of its own for each record.")
         for still, row in self._still:
             if still is parameter:
                 found[:, row] = 0.0
-        held.grad_sample = held.grad = None
-        array: NDArray[Any] = found.reshape(self.at_once, -1).numpy()
+        array: NDArray[Any] = found.reshape(records, -1).numpy()
         return array
 
     def __enter__(self) -> "RecordGradients":
@@ -229,9 +285,50 @@ class RecordGradients:
 
     def __exit__(self, *_: object) -> None:
         self._hooked.cleanup()
+        for handle in self._handles:
+            handle.remove()
         for parent, name, layer in self._replaced:
             layer.load_state_dict(getattr(parent, name).state_dict())
             setattr(parent, name, layer)
+
+
+def _leave_out_batch_gradients(model: nn.Module) -> list[RemovableHandle]:
+    """Have torch compute no gradients of whole batches, which nobody asks for: a layer's parameters count as frozen
+    while it is applied. A parameter that gets a gradient all the same was used elsewhere."""
+
+    def freeze(layer: nn.Module, _inputs: Any) -> None:
+        for parameter in own[layer]:
+            parameter.requires_grad_(False)
+
+    def thaw(layer: nn.Module, _inputs: Any, output: Any) -> None:
+        for parameter in own[layer]:
+            parameter.requires_grad_(True)
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_(True)  # the first layer's: Opacus' hook waits for its gradient
+
+    own = {layer: [held for held in layer.parameters(recurse=False) if held.requires_grad] for layer in model.modules()}
+    layers = [layer for layer in own if type(layer) in _TAKEN and own[layer]]
+    return [
+        *(layer.register_forward_pre_hook(freeze, prepend=True) for layer in layers),
+        *(layer.register_forward_hook(thaw, prepend=True) for layer in layers),  # before Opacus', which looks at them
+    ]
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    layers = [layer for layer in model.modules() if isinstance(layer, _DropoutNd) and layer.training]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()
+
+
+def _flat(tensor: Tensor) -> NDArray[np.float64]:
+    array: NDArray[np.float64] = tensor.detach().double().reshape(-1).numpy()
+    return array
 
 
 def _padding_rows(model: nn.Module) -> list[tuple[Tensor, int]]:

@@ -101,10 +101,10 @@ def train_privately(
                 total, seen = total + lost, seen + len(batch)
                 tell(step / plan.steps_per_round)
             noise.add_to(sums)
-            optimizer.zero_grad()
             _put(gradients.parameters, kept, sums, lattice, plan.expected_batch)
             gradients.keep_still()
             optimizer.step()
+            optimizer.zero_grad()
             torch._foreach_copy_(kept, [parameter.detach() for parameter in gradients.parameters])
             tell((step + 1) / plan.steps_per_round)
     return total / seen if seen else math.nan

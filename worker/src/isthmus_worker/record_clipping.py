@@ -6,7 +6,7 @@ checked in whole numbers. So two sets of records that differ by one have sums th
 sensitivity, not about, and noise on the same whole numbers covers it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +16,7 @@ from isthmus.privacy.discrete_gaussian import Integers
 from isthmus.privacy.lattice import SAMPLE_SCALE, Lattice
 from isthmus_worker.scales import finest_scale
 
+_SHORTER: Final = 1.0 - 2.0**-18
 _SHRINK: Final = 1.0 - 2.0**-20
 _LARGE: Final = 1 << 22
 
@@ -65,58 +66,81 @@ def clipped_sum(gradients: Gradients, lattice: Lattice) -> Integers:
     total = np.zeros(lattice.dimension)
     if not records:
         return total.astype(np.int64)
-    # So many columns are worked on at a time that they stay in a core's cache. Not a question of how many records there
-    # are: sums of floats depend on how they are parted, and a record's must not depend on the others.
-    wide = 1 << (16 if lattice.dimension > _LARGE else 12)
-    room = np.empty((records, min(wide, max(array.shape[1] for array in gradients))))
-    factors = _factors(gradients, lattice, room, wide)
+    work = _Workspace(records, max(array.shape[1] for array in gradients), lattice.dimension)
+    factors = _factors(gradients, lattice, work)
     bound = float(lattice.sensitivity) ** 2  # below 2^53, like the sums of squares that may pass: exact
     while True:
-        squares = _rounded_sum(gradients, factors, total, room, wide)
+        squares = _rounded_sum(gradients, factors, total, work)
         over = squares > bound
         if not over.any():
             return total.astype(np.int64)  # all of it is below 2^53
-        factors[over] *= _SHRINK
+        factors[over] *= np.sqrt(bound / squares[over]) * _SHRINK
 
 
-def _factors(gradients: Gradients, lattice: Lattice, room: NDArray[np.float64], wide: int) -> NDArray[np.float64]:
-    """What each record's gradient is multiplied by; 0 where it is not finite."""
-    squares = np.zeros(len(room))
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+class _Workspace:
+    """Room for some columns of all records: so many at a time that they stay in a core's cache.
+
+    How many is no question of how many records there are: sums of floats depend on how they are parted, and a record's
+    must not depend on the others.
+    """
+
+    def __init__(self, records: int, widest: int, dimension: int) -> None:
+        self.wide = 1 << (16 if dimension > _LARGE else 12)
+        shape = (records, min(self.wide, widest))
+        self.near = np.empty(shape, np.float32)
+        self.exact = np.empty(shape)
+
+    def parts(self, gradients: Gradients) -> Iterator[NDArray[np.floating[Any]]]:
+        """The gradients, some columns at a time."""
         for array in gradients:
-            for start in range(0, array.shape[1], wide):
-                part = array[:, start : start + wide]
-                block = room[:, : part.shape[1]]
+            for start in range(0, array.shape[1], self.wide):
+                yield array[:, start : start + self.wide]
+
+
+def _factors(gradients: Gradients, lattice: Lattice, work: _Workspace) -> NDArray[np.float64]:
+    """What each record's gradient is multiplied by; 0 where it is not finite.
+
+    A clipped one comes out a little shorter than it might be: by what its norm may be wrong, being summed in float32.
+    """
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        squares = np.zeros(len(work.exact))
+        for part in work.parts(gradients):
+            squares += np.einsum("ij,ij->i", part, part)
+        norms = np.sqrt(squares)
+        if not np.isfinite(norms).all():  # beyond float32's range, or broken
+            squares[...] = 0.0
+            for part in work.parts(gradients):
+                block = work.exact[:, : part.shape[1]]
                 block[...] = part
                 squares += np.einsum("ij,ij->i", block, block)
-        norms = np.sqrt(squares)
-        factors = lattice.scale / np.maximum(norms, lattice.clip_norm)  # `Lattice.factor_of`, for all of them
+            norms = np.where(np.isfinite(norms), norms, np.sqrt(squares))
+    factors = np.where(norms <= lattice.clip_norm, 1.0 / lattice.step, lattice.scale / norms * _SHORTER)
     factors[~np.isfinite(norms)] = 0.0
     return factors
 
 
 def _rounded_sum(
-    gradients: Gradients,
-    factors: NDArray[np.float64],
-    total: NDArray[np.float64],
-    room: NDArray[np.float64],
-    wide: int,
+    gradients: Gradients, factors: NDArray[np.float64], total: NDArray[np.float64], work: _Workspace
 ) -> NDArray[np.float64]:
     """Overwrite `total` with the sum of the rounded multiples; the sum of squares of each record's."""
-    squares = np.zeros(len(room))
+    squares = np.zeros(len(factors))
     lost = np.flatnonzero(factors == 0.0)
-    column = factors[:, None]
+    column, narrow = factors[:, None], factors[:, None].astype(np.float32)
     place = 0
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        for array in gradients:
-            for start in range(0, array.shape[1], wide):
-                part = array[:, start : start + wide]
-                block = room[:, : part.shape[1]]
-                np.multiply(part, column, out=block)
-                if lost.size:
-                    block[lost] = 0.0  # NaN times 0 is NaN
-                np.rint(block, out=block)
-                squares += np.einsum("ij,ij->i", block, block)
-                np.add.reduce(block, axis=0, out=total[place : place + part.shape[1]])
-                place += part.shape[1]
+        for part in work.parts(gradients):
+            exact = work.exact[:, : part.shape[1]]
+            if part.dtype == np.float32:  # whole numbers of float32 are whole numbers, whatever was rounded before
+                near = work.near[:, : part.shape[1]]
+                np.multiply(part, narrow, out=near)
+                np.rint(near, out=near)
+                exact[...] = near
+            else:
+                np.multiply(part, column, out=exact)
+                np.rint(exact, out=exact)
+            if lost.size:
+                exact[lost] = 0.0  # NaN times 0 is NaN
+            squares += np.einsum("ij,ij->i", exact, exact)
+            np.add.reduce(exact, axis=0, out=total[place : place + part.shape[1]])
+            place += part.shape[1]
     return squares
