@@ -1,8 +1,9 @@
 """What the federation is compared with: each hospital alone, and all records in one place. By the worker's own code.
 
 Only a demo can do this: it reads the rows of all four hospitals. Hold-outs are the workers' own (their secret keys lie
-in their folders here), and so are features, training and measuring; what is left out is clipping and noise. All models
-start from the same weights, see numbers on the federation's scale, and train for as many epochs.
+in their folders here), and so are features, training and measuring; what is left out is privacy, so these models are
+neither clipped nor noised. All start from the same weights, see numbers on the federation's scale, and train for as
+many epochs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,12 @@ from isthmus.wire.jobs import JobSpec
 from isthmus_worker.data import open_source
 from isthmus_worker.determinism import settle
 from isthmus_worker.evaluation import evaluate
-from isthmus_worker.features import Examples, encode_inputs, encode_targets, strata
+from isthmus_worker.features import Examples
 from isthmus_worker.modules import module_of
+from isthmus_worker.parts import Split, mark_holdout, split_examples
 from isthmus_worker.settings import read_settings
-from isthmus_worker.splitting import held_out
 from isthmus_worker.state import StateDir
 from isthmus_worker.training import train
-from isthmus_worker.work import Split
 
 EVERYBODY = "everybody"
 """The column of all held-out rows together."""
@@ -98,11 +98,8 @@ def _split(site: Site, spec: JobSpec, statistics: FeatureStatistics | None) -> S
     dataset = settings.dataset(DATASET)
     assert dataset is not None, "the demo wrote this configuration"
     table = open_source(dataset.source).load(spec.data.columns())
-    targets = encode_targets(table, spec.data)
-    key = StateDir(settings.state_dir).holdout_key()
-    holdout = held_out(strata(spec.data, targets), table.fingerprints, spec.evaluation.holdout, key)
-    examples = Examples(inputs=encode_inputs(table, spec.data, statistics), targets=targets)
-    return Split(training=examples.only(~holdout), holdout=examples.only(holdout))
+    marked = mark_holdout(table, spec, StateDir(settings.state_dir).holdout_key())
+    return split_examples(marked, spec, statistics)
 
 
 def _together(parts: Sequence[Examples]) -> Examples:

@@ -70,6 +70,7 @@ def play(federation: Federation, teller: Teller, *, keep: bool) -> None:
     job = completed(researcher.jobs.get(job.id))
     download(federation, job)
     teller.say("spent", *what_was_spent(researcher.jobs.privacy(job.id), datasets))
+    federation.processes.await_end("download")
 
     from examples.heart.comparison import compare  # noqa: PLC0415 - loaded by now, while the service started
     from examples.heart.curve import draw  # noqa: PLC0415
@@ -83,7 +84,6 @@ def play(federation: Federation, teller: Teller, *, keep: bool) -> None:
     teller.conclude(conclusions(results))
     curve = federation.folder / "curve.png"
     draw(by_round, results, curve)
-    federation.processes.await_end("download")
 
     model = federation.folder / "model"
     teller.say("model", f"{shown(model / 'model.safetensors')}, and model.json, which tells what it is")

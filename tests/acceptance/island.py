@@ -41,7 +41,6 @@ budget = {{ epsilon = 100.0, delta = 1e-5 }}
 principals = ["ada"]
 purposes = ["research"]
 modes = ["none", "record", "organization-central", "organization-local"]
-max_clip_norm = "unbounded"
 allow_exact_metrics = true
 allow_exact_statistics = true
 {more}

@@ -19,7 +19,7 @@ from isthmus.wire.base import format_repr_digest
 from isthmus.wire.jobs import JobState, JobView
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import STATISTICS_PREFIX, TaskOffer, TaskState
-from tests.federation import Arrays, Federation, Site, filled, job_spec, measured
+from tests.federation import LOCAL, UNIFORM, Arrays, Federation, Site, filled, job_spec, measured
 from tests.running import missing_id, refused
 from tests.standing import (
     Wire,
@@ -169,12 +169,18 @@ def test_a_metric_that_is_no_number_is_refused(standing: Federation, name: str, 
 
 
 @pytest.mark.parametrize(
-    ("noise_multiplier", "too_long", "within"), [(0.0, 0.41, 0.4), (1.0, 5.6, 5.4)], ids=["without-noise", "with-noise"]
+    ("privacy", "too_long", "within"),
+    [
+        ({"unit": "none", "clip_norm": 1.0}, 0.41, 0.4),
+        # Noise of half the sensitivity; another update in its place moves it by twice the clip.
+        ({**LOCAL, "noise_multiplier": 0.5}, 5.6, 5.4),
+    ],
+    ids=["without-noise", "with-noise"],
 )
 def test_an_update_longer_than_clipping_and_noise_allow_is_refused(
-    standing: Federation, noise_multiplier: float, too_long: float, within: float
+    standing: Federation, privacy: dict[str, Any], too_long: float, within: float
 ) -> None:
-    job = standing.start(job_spec(privacy={"clip_norm": 1.0, "noise_multiplier": noise_multiplier}))
+    job = standing.start(job_spec(privacy=privacy, strategy=UNIFORM))
     offers = claim_all(standing)
     site = standing.sites[2]
 
@@ -183,7 +189,7 @@ def test_an_update_longer_than_clipping_and_noise_allow_is_refused(
     )
 
     assert f"L2 norm {float(np.float32(too_long)) * 6**0.5:.6g};" in problem.detail
-    assert "clip_norm 1 " in problem.detail
+    assert "with clip_norm 1" in problem.detail
     for other, offer in zip(standing.sites[:2], offers[:2], strict=True):
         other.hand_in(offer, filled(within))
     assert standing.finish(job).state is JobState.COMPLETED

@@ -85,7 +85,7 @@ def test_a_policy_grants_by_rule_and_the_grant_says_so(federation: Federation) -
         ({"purposes": ["audit"]}, "purposes"),
         ({"principals": ["grace"]}, "principals"),
         ({"model_kinds": ["entry_point"]}, "model_kinds"),
-        ({"min_noise_multiplier": 0.5}, "min_noise_multiplier"),
+        ({"modes": ["record", "organization-local"]}, "modes"),
         ({"max_clip_norm": 1.0}, "max_clip_norm"),
         ({"min_cohort": 3}, "min_cohort"),
         ({"max_rounds": 2}, "max_rounds"),

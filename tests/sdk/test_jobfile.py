@@ -78,10 +78,11 @@ def test_a_mistake_is_said_where_it_stands(old: str, new: str, complaint: str) -
     assert complaint in complaints_about(JOB.replace(old, new))
 
 
-def test_an_epsilon_is_refused_in_the_services_words() -> None:
-    found = complaints_about(JOB.replace("privacy: none", "privacy: {epsilon: 3.0, clip_norm: 1.0}"))
+def test_noise_in_shares_is_refused_in_the_services_words() -> None:
+    section = "privacy: {unit: organization, where: distributed, epsilon: 3.0, clip_norm: 1.0}"
+    found = complaints_about(JOB.replace("privacy: none", section))
     assert len(found) == 1
-    assert "claims no epsilon" in found[0]
+    assert "needs secure aggregation, which this version does not have" in found[0]
 
 
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:

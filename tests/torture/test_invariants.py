@@ -107,14 +107,16 @@ BREAKS: dict[str, tuple[Break, str]] = {
     ),
     "a ledger's sum is not its entries'": (
         statement(
-            "UPDATE ledgers SET spent_nano[1] = 7, closed = true WHERE id = (SELECT id FROM ledgers ORDER BY id LIMIT 1)",
+            "UPDATE ledgers SET spent_nano[1] = 7, closed = true WHERE id ="
+            " (SELECT id FROM ledgers ORDER BY id LIMIT 1)",
             table="ledgers",
         ),
         "its sums are not those of its entries",
     ),
     "a reservation is left": (
         statement(
-            "UPDATE participations SET reserved_draws = 5 WHERE id = (SELECT id FROM participations ORDER BY id LIMIT 1)",
+            "UPDATE participations SET reserved_draws = 5 WHERE id ="
+            " (SELECT id FROM participations ORDER BY id LIMIT 1)",
             table="participations",
         ),
         "still reserved for a job that is over",

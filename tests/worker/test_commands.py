@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from typer.testing import CliRunner
 import isthmus_worker.preflight
 from isthmus.wire.problems import ProblemCode
 from isthmus_worker.commands import app
+from isthmus_worker.contents import content_of
 from isthmus_worker.journal import Journal
-from isthmus_worker.settings import EXAMPLE
+from isthmus_worker.ledger import Account, charge_for
+from isthmus_worker.settings import EXAMPLE, read_settings
 from isthmus_worker.state import StateDir
 from tests.worker.conftest import credentials_for
-from tests.worker.factories import make_offer, make_settings, toml_of, write_patients
+from tests.worker.factories import make_local_spec, make_offer, make_settings, toml_of, write_patients
 from tests.worker.fake_service import FakeService
 
 Run = Callable[..., subprocess.Popen[str]]
@@ -166,6 +169,121 @@ def test_enrolling_again_replaces_the_key_and_keeps_the_account_of_what_left(con
     assert (state.holdout_key(), state.journal.read_bytes()) == kept
 
 
+def _served(config: Path) -> tuple[StateDir, str]:
+    """What an agent would have left behind after one round: a lineage, a release, its cost and its results."""
+    settings = read_settings(config)
+    state = StateDir.open(settings.state_dir)
+    dataset, offer = settings.datasets[0], make_offer(make_local_spec())
+    with closing(Journal.open(state)) as journal:
+        lineage = journal.lineages.of(dataset, content_of(dataset.source, None))
+        journal.ledgers.note_budget(Account(lineage, dataset.budget))
+        journal.pin(offer)
+        draft = state.scratch / "upload.safetensors"
+        draft.write_bytes(b"noised")
+        release = journal.prepare(
+            offer, draft, digest="ab" * 32, size_bytes=6, account=Account(lineage, dataset.budget),
+            metrics={"train/loss": 0.51, "holdout/examples": 7.0, "holdout/accuracy": 0.857142, "train/examples": 33.0},
+        )  # fmt: skip
+        journal.mark_released(release)
+        journal.connection.execute("UPDATE releases SET state = 'acknowledged', file = NULL")
+    return state, lineage
+
+
+def _said(config: Path, *arguments: str, code: int = 0) -> str:
+    found = CliRunner().invoke(app, [*arguments, "--config", str(config)], env={"COLUMNS": "140"})
+    assert found.exit_code == code, found.output
+    return found.output
+
+
+def test_status_shows_the_public_key_and_what_is_spent_of_each_budget(enrolled: Path) -> None:
+    state, lineage = _served(enrolled)
+    key = state.identity().public_key().public_bytes_raw().hex()
+
+    told = json.loads(_said(enrolled, "status", "--json"))
+    assert told["public_key"] == key
+    (dataset,) = told["datasets"]
+    assert (dataset["lineage"], dataset["epsilon"], dataset["delta"], dataset["releases"]) == (lineage, 10.0, 1e-5, 1)
+    assert dataset["spent_epsilon"] == charge_for(make_offer(make_local_spec()), lineage).cost.epsilon(1e-5)
+    text = _said(enrolled, "status")
+    assert f"public key    {key}" in text
+    assert f"patients: epsilon {dataset['spent_epsilon']:.4g} of 10 spent (delta 1e-05), 1 releases" in text
+
+
+def test_the_ledger_is_shown_entry_by_entry(enrolled: Path) -> None:
+    _served(enrolled)
+
+    (told,) = json.loads(_said(enrolled, "ledger", "--json"))
+    (entry,) = told["entries"]
+    told_of = tuple(entry[name] for name in ("sequence", "kind", "mode", "job"))
+    assert told_of == (1, "train", "organization-local", "heart")
+    assert len(entry["nano"]) == 76
+    row = next(line for line in _said(enrolled, "ledger", "patients").splitlines() if "heart" in line)
+    assert "organization-local" in row
+    assert f"{told['spent_epsilon']:.4g}" in row
+    assert json.loads(_said(enrolled, "ledger", "nothing", "--json"))[0]["entries"] == []
+
+
+def test_results_are_told_by_job_dataset_and_round(enrolled: Path) -> None:
+    assert "Nothing was measured here yet" in _said(enrolled, "results")
+    _served(enrolled)
+
+    text = _said(enrolled, "results", "heart")
+    heading, row = [line for line in text.splitlines() if "holdout/accuracy" in line or "0.8571" in line]
+    columns = [cell.strip() for cell in heading.split("┃")[1:-1]]
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert "heart at patients" in text
+    assert dict(zip(columns, cells, strict=True)) == {
+        "round": "1", "task": "train", "model after round": "0", "holdout/examples": "7", "holdout/accuracy": "0.8571",
+        "train/examples": "33", "train/loss": "0.5100",
+    }  # fmt: skip
+    (told,) = json.loads(_said(enrolled, "results", str(make_offer().job_id), "--json"))
+    assert (told["job"], told["dataset"], told["round_number"], told["measured_round"]) == ("heart", "patients", 1, 0)
+    assert told["metrics"]["holdout/accuracy"] == 0.857142
+    assert json.loads(_said(enrolled, "results", "another", "--json")) == []
+    assert "Nothing was measured here for job 'another'" in _said(enrolled, "results", "another")
+
+
+def test_a_dataset_is_handed_from_worker_to_worker_on_the_command_line(
+    enrolled: Path, tmp_path: Path, service: FakeService
+) -> None:
+    old, lineage = _served(enrolled)
+    other = tmp_path / "other"
+    other.mkdir()
+    config = other / "worker.toml"
+    config.write_text(toml_of(make_settings(other, service_url=service.url)))
+    new = StateDir.open(other / "state")
+    new.keep_credentials(credentials_for(service))
+    keys = [state.identity().public_key().public_bytes_raw().hex() for state in (old, new)]
+    document = tmp_path / "handover.json"
+
+    with old.locked():
+        busy = _said(enrolled, "dataset", "move", "patients", "--to", keys[1], "--output", str(document), code=2)
+    assert "another agent holds" in busy
+    given = _said(enrolled, "dataset", "move", "patients", "--to", keys[1], "--output", str(document))
+    assert f"--from {keys[0]}" in given
+    assert document.stat().st_mode & 0o777 == 0o600
+    assert "not signed" in _said(config, "dataset", "receive", str(document), "--from", "ab" * 32, code=2)
+    assert "with 1 releases" in _said(config, "dataset", "receive", str(document), "--from", keys[0])
+
+    assert f"handed on to the worker {keys[1]}" in _said(enrolled, "status")
+    (told,) = json.loads(_said(config, "status", "--json"))["datasets"]
+    assert (told["lineage"], told["releases"], told["handed_to"]) == (lineage, 1, None)
+    assert told["spent_epsilon"] > 0
+    assert "handed on to" in _said(config, "ledger")
+
+
+def test_an_agent_whose_ledger_was_changed_ends_with_a_code_of_its_own(enrolled: Path, run: Run) -> None:
+    state, _lineage = _served(enrolled)
+    with closing(Journal.open(state)) as journal:
+        journal.connection.execute("UPDATE ledgers SET draws = 0")
+
+    agent = run(enrolled)
+
+    assert agent.wait(20) == 6
+    assert agent.stderr is not None
+    assert "was changed by hand or is damaged" in agent.stderr.read()
+
+
 def test_status_tells_who_and_what_without_the_key(enrolled: Path) -> None:
     found = CliRunner().invoke(app, ["status", "--config", str(enrolled), "--json"])
 
@@ -187,6 +305,8 @@ def test_preflight_looks_at_everything_and_fails_where_something_is_wrong(
         "✓ configuration",
         "✓ torch 2",
         "40 records of age number, pressure number?",
+        "✓ policy: modes none, record",
+        "✓ budget: patients epsilon 10 at delta 1e-05",
         "✓ the service's key",
         "✓ key of worker",
     ):

@@ -4,8 +4,9 @@ A model is refused where a record's gradient could depend on other records, or w
 that no noise covers. It is tried out on made-up records before it sees a real one, so that a refusal tells nothing.
 """
 
+import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ from isthmus_worker.refusals import ModelRefused
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) -> the loss of each record."""
 
-MOST_RECORDS: Final = 32
+MOST_RECORDS: Final = 128
 """At once: more need more memory and are no faster."""
 MOST_BYTES: Final = 1 << 26
 """Of the gradients of the records that are worked on at once; one record's may be larger."""
@@ -44,8 +45,14 @@ _INSTEAD: Final[Mapping[str, str]] = {
     "ConvTranspose3d": "Upsample and Conv3d",
 }
 _FLAT: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_PARTS: Final = 4
-_FEWEST: Final = 4
+_BITS: Final = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+_FEWEST: Final = 8
+_GRAIN: Final = 8
+"""Numbers of records that are worked on at once are multiples of this, and of twice as much from `_MANY` on."""
+_MANY: Final = 96
+_KNOWN_SIZES: Final[dict[Hashable, list[int]]] = {}
+"""By the kind of model: what this process has found out already. A question of shapes, not of weights."""
+_MOST_KNOWN: Final = 64
 _NEAR: Final = 1e-3
 """How far float32 sums of the same gradients may differ, beside the sum of their lengths."""
 
@@ -55,11 +62,11 @@ def records_at_once(elements: int, expected_batch: float) -> int:
 
     Args:
         elements: of the parameters that are trained.
-        expected_batch: records of a step on average; a step of fewer need not be filled up to `MOST_RECORDS`.
+        expected_batch: records of a step on average.
     """
     fit = max(1, MOST_BYTES // (4 * max(1, elements)))
-    wanted = 1 << max(0, round(expected_batch) - 1).bit_length()
-    return min(MOST_RECORDS, fit, wanted)
+    usual = math.ceil((expected_batch + 3.0 * math.sqrt(expected_batch)) / _GRAIN) * _GRAIN  # most steps have no more
+    return min(MOST_RECORDS, fit, usual)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -179,11 +186,12 @@ class RecordGradients:
                 gradients do not add up to the batch's.
         """
         made_up, wanted = self._made_up(), targets.new_zeros((len(self._inputs), *targets.shape[1:]))
+        few = slice(_FEWEST)
         held = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         before = {name: tensor.detach().clone() for name, tensor in held.items()}
         try:
-            self._require_apart(made_up)
-            self._require_whole(made_up, wanted)
+            self._require_apart(made_up[few])
+            self._require_whole(made_up[few], wanted[few])
         except RuntimeError as error:
             said = str(error).partition("\n")[0]
             raise ModelRefused(f"Unit record: single records cannot be followed through the model: {said}") from None
@@ -191,7 +199,7 @@ class RecordGradients:
             if not torch.equal(tensor.detach().nan_to_num(), before[name].nan_to_num()):
                 raise ModelRefused(f"Unit record: the model changes its tensor {name!r} as it is applied.")
         self._handles = _leave_out_batch_gradients(self._model)
-        self._sizes = self._exchangeable_sizes(made_up, wanted)
+        self._sizes = self._known_sizes(made_up, wanted)
 
     def _made_up(self) -> Tensor:
         """Seeded, so that the answer is always the same. Embeddings take whole numbers: 0 and 1 are some to most."""
@@ -217,9 +225,10 @@ class RecordGradients:
         self._backward(made_up, wanted)
         for name, parameter in self._trained.items():
             whole = np.zeros(parameter.numel()) if parameter.grad is None else _flat(parameter.grad)
-            parts = self._taken(name, parameter, len(made_up)).astype(np.float64)
-            apart = np.linalg.norm(parts.sum(axis=0) - whole)
-            if apart > _NEAR * max(np.linalg.norm(parts, axis=1).sum(), np.linalg.norm(whole)):  # NaN is not more
+            parts = self._taken(name, parameter, len(made_up))
+            apart = np.linalg.norm(parts.sum(axis=0, dtype=np.float64) - whole)
+            lengths = np.sqrt(np.einsum("ij,ij->i", parts, parts)).sum()
+            if apart > _NEAR * max(float(lengths), float(np.linalg.norm(whole))):  # NaN is not more
                 raise ModelRefused(f"Unit record: the records' gradients of {name!r} do not add up to the batch's.")
 
     def _exchangeable_sizes(self, made_up: Tensor, wanted: Tensor) -> list[int]:
@@ -228,26 +237,34 @@ class RecordGradients:
 
         def gradients_of(records: Tensor) -> list[NDArray[Any]]:
             self._backward(records, wanted[: len(records)])
-            found = [self._taken(name, parameter, len(records)) for name, parameter in self._trained.items()]
-            return [np.nan_to_num(array) for array in found]
+            return [self._taken(name, parameter, len(records)) for name, parameter in self._trained.items()]
 
         with _without_dropout(self._model):
             whole = gradients_of(made_up)
-            turned = gradients_of(made_up.roll(1, dims=0))
-            if not all(
-                np.array_equal(np.roll(one, 1, axis=0), other) for one, other in zip(whole, turned, strict=True)
-            ):
-                return [1]
+            step = _GRAIN if most <= _MANY else 2 * _GRAIN
             sizes = [
                 size
-                for size in range(most // _PARTS, most, max(1, most // _PARTS))
-                if size >= _FEWEST
-                and all(
-                    np.array_equal(one[-size:], other)
-                    for one, other in zip(whole, gradients_of(made_up[-size:]), strict=True)
-                )
+                for size in range(step, most, step)
+                if _same_bits(whole, gradients_of(made_up[-size:]), slice(-size, None))
             ]
+            # Those that agree also show that a record's place is none of its concern.
+            if not sizes and not _same_bits(whole, gradients_of(made_up.roll(-1, dims=0)), slice(1, None)):
+                return [1]
         return [*sizes, most]
+
+    def _known_sizes(self, made_up: Tensor, wanted: Tensor) -> list[int]:
+        kinds = tuple(type(layer) for layer in self._model.modules())
+        key = (kinds, repr(self._model), made_up.shape, wanted.shape, wanted.dtype, torch.get_num_threads())
+        if key not in _KNOWN_SIZES:
+            while len(_KNOWN_SIZES) >= _MOST_KNOWN:
+                del _KNOWN_SIZES[next(iter(_KNOWN_SIZES))]
+            _KNOWN_SIZES[key] = self._exchangeable_sizes(made_up, wanted)
+        return _KNOWN_SIZES[key]
+
+    def portions(self, records: int) -> list[int]:
+        """In what numbers so many records are best worked on, one after the other."""
+        times = -(-records // self.at_once)
+        return [records // times + (place < records % times) for place in range(times)]
 
     def keep_still(self) -> None:
         """Take out of the parameters' gradients what belongs to rows that are not trained (`padding_idx`)."""
@@ -324,6 +341,14 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.train()
+
+
+def _same_bits(whole: list[NDArray[Any]], others: list[NDArray[Any]], rows: slice) -> bool:
+    """Whether these rows of `whole` are the first of `others`, to the last bit."""
+    return all(
+        np.array_equal(one[rows].view(_BITS[one.itemsize]), other[: len(one[rows])].view(_BITS[one.itemsize]))
+        for one, other in zip(whole, others, strict=True)
+    )
 
 
 def _flat(tensor: Tensor) -> NDArray[np.float64]:

@@ -15,6 +15,7 @@ from typing import Final
 import httpx
 
 from isthmus.client import IsthmusError, Refused
+from isthmus.wire.privacy import PrivacyMode
 from isthmus.wire.version import CONTRACT_VERSION
 from isthmus_worker.connect import connect
 from isthmus_worker.settings import DatasetSettings, Settings, SettingsRefused, read_settings
@@ -64,6 +65,17 @@ def _policy(settings: Settings) -> Iterator[Finding]:
         yield Finding(None, f"policy: {' and '.join(closed)} empty, so that every task will be refused")
     else:
         yield Finding(True, f"policy: principals {', '.join(policy.principals)}; purposes {', '.join(policy.purposes)}")
+    modes = ", ".join(policy.modes) or "not listed, so that every task will be refused"
+    yield Finding(bool(policy.modes) or None, f"policy: modes {modes}")
+    if any(mode is not PrivacyMode.NONE for mode in policy.modes):
+        for dataset in settings.datasets:
+            yield _budget(dataset)
+
+
+def _budget(dataset: DatasetSettings) -> Finding:
+    if dataset.budget is None:
+        return Finding(None, f"budget: {dataset.name} has none, so that no job with a privacy unit will be served")
+    return Finding(True, f"budget: {dataset.name} epsilon {dataset.budget.epsilon:g} at delta {dataset.budget.delta:g}")
 
 
 def _machine(settings: Settings) -> Iterator[Finding]:

@@ -94,10 +94,11 @@ def train_privately(
         for step in range(plan.steps_per_round):
             drawn = chosen_records(len(examples), plan.sampling_probability, coins)
             sums = np.zeros(elements, np.int64)
-            for start in range(0, len(drawn), gradients.at_once):
-                batch = torch.from_numpy(drawn[start : start + gradients.at_once])
+            for part in np.split(drawn, np.cumsum(gradients.portions(len(drawn)))[:-1]):
+                batch = torch.from_numpy(part)
                 found, lost = gradients.of(inputs[batch], targets[batch])
                 sums += clipped_sum(found, lattice)
+                del found  # its room is used for the next ones
                 total, seen = total + lost, seen + len(batch)
                 tell(step / plan.steps_per_round)
             noise.add_to(sums)

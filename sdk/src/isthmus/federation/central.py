@@ -199,12 +199,18 @@ def _coarse(factor: float) -> float:
 
 
 def _norm(update: BlockSource, tensors: Mapping[str, TensorSpec]) -> float:
-    """Euclidean norm over all tensors, in float64; infinite beyond its range."""
+    """Euclidean norm over all tensors, in float64; infinite beyond its range.
+
+    Raises:
+        ValueError: an element is NaN.
+    """
     squares = 0.0
     with np.errstate(over="ignore", under="ignore"):
         for block in _blocks(update, tensors):
             wide = block.astype(np.float64)
             squares += float(np.multiply(wide, wide, out=wide).sum())
+    if math.isnan(squares):
+        raise ValueError("an update is not finite: it holds NaN")
     return math.sqrt(squares)
 
 
