@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.client import Client
 from isthmus.codec import arrays
 from isthmus.submission import submit
+from isthmus.wire.datasets import DatasetView
 from isthmus.wire.jobs import JobSpec, JobState, JobView
 from isthmus.wire.models import ModelKind
 from isthmus.wire.rounds import TaskState
-from tests.acceptance.island import POLICY, Island, Program, island, job_spec, write_patients
+from tests.acceptance.island import POLICY, Island, Program, island, job_spec, until, write_patients
 
 TWO = {"rounds": 2, "cohort": {"min_updates": 2, "deadline_s": 60}}
 BAD = 2
@@ -64,11 +66,18 @@ def words_where_numbers_were_announced(three: Island) -> None:
 def code_that_one_site_does_not_allow(three: Island) -> None:
     """Two have listed the function in their own configuration; what a steward allows does not open the third."""
     write_patients(three.folder / f"clinic-{BAD}" / "patients.csv", BAD)
-    for steward in three.stewards:
-        dataset = next(iter(steward.datasets.list()))
-        steward.datasets.set_policy(dataset.id, POLICY.model_copy(update={"model_kinds": tuple(ModelKind)}))
     for agent, entry_points in zip(three.agents, ([ALLOWED], [ALLOWED], ["isthmus.models:other"]), strict=True):
         allow(agent, entry_points)
+    for steward in three.stewards:
+
+        def announced_anew(steward: Client = steward) -> DatasetView | None:
+            dataset = next(iter(steward.datasets.list()))
+            return dataset if ModelKind.ENTRY_POINT in dataset.announced_policy.model_kinds else None
+
+        dataset = until(announced_anew, "the looser policy is announced")
+        assert dataset is not None
+        steward.datasets.set_policy(dataset.id, POLICY.model_copy(update={"model_kinds": tuple(ModelKind)}))
+        steward.datasets.confirm(dataset.id)
 
     spec = job_spec(**TWO, model={"entry_point": ALLOWED, "options": {"in_features": 5, "out_features": 2}})
     job = three.finish(start(three, spec))

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psycopg
 import pytest
 
 from isthmus.codec import arrays
 from isthmus.wire.events import verify_chain
 from isthmus.wire.jobs import JobState, JobView, WithdrawParticipation
 from isthmus.wire.rounds import TaskKind
-from tests.acceptance.island import Island, island, job_spec
+from tests.acceptance.island import Island, island, job_spec, until
 
 
 @pytest.fixture
@@ -107,6 +108,14 @@ def test_an_agent_whose_own_policy_says_no_refuses_whatever_the_service_says(dat
         config.write_text(config.read_text().replace('purposes = ["research"]', 'purposes = ["audit"]'))
         opened.agents[1].stop()
         opened.agents[1].start()
+        steward = opened.stewards[1]
+        until(
+            lambda: next(iter(steward.datasets.list())).announced_policy.purposes == ("audit",),
+            "the other policy is announced",
+        )
+        steward.datasets.confirm(next(iter(steward.datasets.list())).id)
+        with psycopg.connect(database_url) as connection:  # a service that does not mind it
+            connection.execute("UPDATE datasets SET policy = (SELECT policy FROM datasets ORDER BY id LIMIT 1)")
         job = opened.submit(job_spec(cohort={"min_updates": 2, "deadline_s": 60}))
         failed = opened.finish(job)
 

@@ -1,5 +1,6 @@
 """A dataset's policy comes from its worker, signed; stewards tighten it; its budget belongs to the lineage."""
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from isthmus.wire.privacy import PrivacyMode
 from isthmus.wire.problems import ProblemCode
 from tests.federation import OPEN, RECORD, Federation, initial, job_spec
 from tests.running import LOOSEST, Platform, announcement, lineage_of, refused
+from tests.standing import assert_problem
 
 SIGNATURE = ProblemCode.POLICY_SIGNATURE_INVALID
 NARROW = UsePolicy(
@@ -208,6 +210,50 @@ def test_a_steward_cannot_loosen_any_clause(clinic: Clinic, changes: dict[str, A
     (clause,) = changes
     assert f"{clause}: the worker's own policy says" in refusals[0].detail
     assert "configuration of the worker" in refusals[0].detail
+    assert clinic.steward.datasets.get(dataset.id) == dataset
+
+
+IMPOSSIBLE: list[dict[str, Any]] = [
+    {"budget": {"epsilon": 0}},
+    {"budget": {"epsilon": -1}},
+    {"budget": {"epsilon": float("nan")}},
+    {"budget": {"epsilon": float("inf")}},
+    {"budget": {"epsilon": 1e9}},
+    {"budget": {"epsilon": 1, "delta": 0}},
+    {"budget": {"epsilon": 1, "delta": 1}},
+    {"budget": {}},
+    {"budget": 3},
+    {"max_epsilon": 0},
+    {"max_epsilon": float("nan")},
+    {"max_delta": 1},
+    {"max_delta": None},
+    {"modes": ["homomorphic"]},
+    {"modes": ["record"] * 6},
+    {"modes": "record"},
+    {"purposes": ["nul \x00"]},
+    {"purposes": None},
+    {"min_cohort": 1},
+    {"max_rounds": 0},
+    {"max_clip_norm": 0},
+    {"max_clip_norm": float("inf")},
+    {"min_noise_multiplier": 0.5},
+    {"require_clipping": True},
+]
+
+
+@pytest.mark.parametrize("changes", IMPOSSIBLE, ids=str)
+def test_a_policy_that_means_nothing_is_refused_and_the_one_in_force_stays(
+    clinic: Clinic, changes: dict[str, Any]
+) -> None:
+    dataset = clinic.confirmed(policy=NARROW)
+    body = json.dumps({**NARROW.model_dump(mode="json"), **changes})
+
+    answer = clinic.platform.http(clinic.steward).put(
+        f"/v1/datasets/{dataset.id}/policy", content=body, headers={"content-type": "application/json"}
+    )
+
+    problem = assert_problem(answer, ProblemCode.INVALID_REQUEST)
+    assert all(error.field.startswith(next(iter(changes))) for error in problem.errors)
     assert clinic.steward.datasets.get(dataset.id) == dataset
 
 

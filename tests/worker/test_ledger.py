@@ -108,11 +108,11 @@ def test_jobs_together_never_pass_the_budget_however_many_the_service_approves(
 ) -> None:
     account = Account(LINEAGE, Budget(epsilon=4.0))
     offer, done = make_offer(SPEC), 0
-    while not journal.ledger_objections(_other(offer, done), 1000, account):
+    while done < 50 and not journal.ledger_objections(_other(offer, done), 1000, account):
         _release(journal, state, _other(offer, done), account)
         done += 1
 
-    assert 2 < done < 100
+    assert 2 < done < 50
     found = journal.ledger_objections(_other(offer, done), 1000, account)
     assert len(found) == 1
     assert found[0].startswith("budget: by this worker's own ledger epsilon")

@@ -226,9 +226,9 @@ class RecordGradients:
         for name, parameter in self._trained.items():
             whole = np.zeros(parameter.numel()) if parameter.grad is None else _flat(parameter.grad)
             parts = self._taken(name, parameter, len(made_up))
-            apart = np.linalg.norm(parts.sum(axis=0, dtype=np.float64) - whole)
-            lengths = np.sqrt(np.einsum("ij,ij->i", parts, parts)).sum()
-            if apart > _NEAR * max(float(lengths), float(np.linalg.norm(whole))):  # NaN is not more
+            left = parts.sum(axis=0, dtype=np.float64) - whole
+            lengths = np.sqrt(np.einsum("ij,ij->i", parts, parts)).sum() + _length(whole)
+            if _length(left) > _NEAR * lengths:  # NaN is not more
                 raise ModelRefused(f"Unit record: the records' gradients of {name!r} do not add up to the batch's.")
 
     def _exchangeable_sizes(self, made_up: Tensor, wanted: Tensor) -> list[int]:
@@ -349,6 +349,10 @@ def _same_bits(whole: list[NDArray[Any]], others: list[NDArray[Any]], rows: slic
         np.array_equal(one[rows].view(_BITS[one.itemsize]), other[: len(one[rows])].view(_BITS[one.itemsize]))
         for one, other in zip(whole, others, strict=True)
     )
+
+
+def _length(vector: NDArray[np.float64]) -> float:
+    return math.sqrt(float(np.einsum("i,i->", vector, vector)))
 
 
 def _flat(tensor: Tensor) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ from isthmus.wire.jobs import TrainingSpec
 from isthmus.wire.privacy import PrivacyPlan
 from isthmus_worker.features import Examples
 from isthmus_worker.gradients import RecordGradients, records_at_once, require_private, trained_parameters
-from isthmus_worker.record_clipping import clipped_sum, record_lattice
+from isthmus_worker.record_clipping import ClippedSum, record_lattice
 from isthmus_worker.refusals import ModelRefused
 from isthmus_worker.training import Tell, as_tensors, loss_of, make_optimizer
 
@@ -81,6 +81,7 @@ def train_privately(
     lattice, variance = record_lattice(plan.clip_norm, plan.noise_multiplier, elements)
     inputs, targets = as_tensors(examples, record_shape)
     coins, noise = Keystream(), Noise(variance, Keystream())
+    gradient_sum = ClippedSum(lattice)
     torch.manual_seed(secrets.randbits(63))
     total, seen = 0.0, 0
 
@@ -93,14 +94,14 @@ def train_privately(
         kept = [parameter.detach().clone() for parameter in gradients.parameters]
         for step in range(plan.steps_per_round):
             drawn = chosen_records(len(examples), plan.sampling_probability, coins)
-            sums = np.zeros(elements, np.int64)
             for part in np.split(drawn, np.cumsum(gradients.portions(len(drawn)))[:-1]):
                 batch = torch.from_numpy(part)
                 found, lost = gradients.of(inputs[batch], targets[batch])
-                sums += clipped_sum(found, lattice)
+                gradient_sum.add(found)
                 del found  # its room is used for the next ones
                 total, seen = total + lost, seen + len(batch)
                 tell(step / plan.steps_per_round)
+            sums = gradient_sum.take()
             noise.add_to(sums)
             _put(gradients.parameters, kept, sums, lattice, plan.expected_batch)
             gradients.keep_still()
