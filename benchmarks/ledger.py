@@ -63,6 +63,7 @@ async def _measure(report: Report, url: str, entries: int, repeats: int) -> None
                 ("reserve a grant", reserves),
                 ("spend a slice", spends),
                 ("both", [one + two for one, two in zip(reserves, spends, strict=True)]),
+                ("of a spend, the one statement that an admission makes for it", bench.statements[-repeats:]),
             ):
                 spread = Spread.of(samples)
                 report.row(there, what, spread, spread.percentile(0.99))
@@ -91,6 +92,7 @@ class _Bench:
         self.slice = Price(PrivacyMode.RECORD, round_cost(spec, plan, 1, ELEMENTS), "{}")
         self.asked: list[Account] = []
         self.accounts: list[Account] = []
+        self.statements: list[float] = []
         self.spent = 0
         self.ledger_id = self.dataset_id = self.owner_id = UUID(int=0)
 
@@ -183,7 +185,9 @@ class _Bench:
         account = self.accounts[self.spent]
         async with self.sessions.begin() as session:
             await hold_ledger(session, self.ledger_id)
+            began = time.perf_counter()
             await self._charge(session, account)
+            self.statements.append(1000 * (time.perf_counter() - began))
         self.spent += 1
 
     async def verify(self) -> int:

@@ -17,6 +17,7 @@ from isthmus.wire.data import FeatureStatistics
 from isthmus.wire.jobs import JobSpec, JobState, JobView
 from isthmus.wire.manifest import Manifest
 from isthmus.wire.organizations import Role
+from isthmus.wire.privacy import NoisePlace
 from isthmus.wire.rounds import CheckpointView, RoundMetrics, RoundView, SiteMetrics, TaskKind, UpdateView
 
 
@@ -135,7 +136,9 @@ async def page_rounds(session: AsyncSession, caller: Caller, job_id: UUID, pagin
     """One page of a job's rounds, in order."""
     statement = select(Round).where(Round.job_id == job_id)
     rows, cursor = await paginate(session, statement, Round.number, int, paging)
-    return Page[RoundView](items=await _round_views(session, caller, [row[0] for row in rows]), next_cursor=cursor)
+    return Page[RoundView](
+        items=await _round_views(session, caller, job_id, [row[0] for row in rows]), next_cursor=cursor
+    )
 
 
 async def get_round_view(session: AsyncSession, caller: Caller, job_id: UUID, number: int) -> RoundView:
@@ -148,7 +151,7 @@ async def get_round_view(session: AsyncSession, caller: Caller, job_id: UUID, nu
     of = found.one_or_none()
     if of is None:
         raise NotFound("round", number)
-    return (await _round_views(session, caller, [of]))[0]
+    return (await _round_views(session, caller, job_id, [of]))[0]
 
 
 async def _updates(
@@ -171,8 +174,17 @@ async def _updates(
     return grouped
 
 
-async def _round_views(session: AsyncSession, caller: Caller, rounds: list[Round]) -> list[RoundView]:
+async def _hides_updates(session: AsyncSession, caller: Caller, job_id: UUID) -> bool:
+    """Whether a job's updates are un-noised, and the caller one of those from whom the service's noise hides them."""
+    if caller.role is not Role.RESEARCHER:  # a steward sees its own organization's alone, an admin is the operator
+        return False
+    privacy = await session.scalar(select(Job.spec["privacy"]).where(Job.id == job_id))
+    return privacy is not None and privacy.get("where") == NoisePlace.CENTRAL
+
+
+async def _round_views(session: AsyncSession, caller: Caller, job_id: UUID, rounds: list[Round]) -> list[RoundView]:
     ids = [of.id for of in rounds]
+    hidden = await _hides_updates(session, caller, job_id)
     tasks = await list_tasks(session, ids, _own(caller))
     updates = await _updates(session, caller, ids)
     return [
@@ -196,20 +208,20 @@ async def _round_views(session: AsyncSession, caller: Caller, rounds: list[Round
             closes_at=of.closes_at,
             completed_at=of.completed_at,
             tasks=tasks[of.id],
-            updates=[_update_view(*item) for item in updates[of.id]],
+            updates=[_update_view(*item, hidden=hidden) for item in updates[of.id]],
         )
         for of in rounds
     ]
 
 
-def _update_view(update: Update, organization: str, dataset: str) -> UpdateView:
+def _update_view(update: Update, organization: str, dataset: str, *, hidden: bool) -> UpdateView:
     return UpdateView(
         organization=organization,
         dataset=dataset,
-        digest=update.digest,
+        digest=None if hidden else update.digest,
         size_bytes=update.size_bytes,
         weight=update.weight,
-        l2_norm=update.l2_norm,
+        l2_norm=None if hidden else update.l2_norm,
         position=update.position,
         received_at=update.received_at,
         metrics=site_metrics(update.released),

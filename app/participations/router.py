@@ -46,12 +46,20 @@ async def get_participation(participation_id: UUID, caller: AnyCaller, session: 
 @router.post(
     "/{participation_id}/approve",
     summary="Grant a participation",
-    responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.STATE_CONFLICT, ProblemCode.GRANT_REFUSED_BY_POLICY),
+    responses=refuses(
+        ProblemCode.NOT_FOUND,
+        ProblemCode.STATE_CONFLICT,
+        ProblemCode.GRANT_REFUSED_BY_POLICY,
+        ProblemCode.PRIVACY_IMPOSSIBLE,
+        ProblemCode.BUDGET_EXHAUSTED,
+    ),
 )
 async def approve(
     participation_id: UUID, body: ApproveParticipation, caller: GrantWriter, session: Transaction
 ) -> ParticipationView:
-    """Say yes: for the job's purpose, until a time, for a number of rounds. The job starts once enough did."""
+    """Say yes: for the job's purpose, until a time, for a number of rounds. The job starts once enough did.
+
+    What the grant can cost at most is reserved on the dataset's privacy budget at once, or it is refused."""
     await service.approve(session, caller, participation_id, body)
     return await queries.get_participation_view(session, caller, participation_id)
 

@@ -143,11 +143,17 @@ async def _asked(
 
 async def _within_budgets(session: AsyncSession, spec: JobSpec, job: Job, asked: list[_Asked]) -> list[_Asked]:
     """The same, with an objection where a ledger does not hold the job. Ledgers stay locked, in the order of ids."""
-    concerned = [item.dataset.id for item in asked if item.plan is not None and item.objection is None]
-    ledger_ids = await session.scalars(
-        select(Dataset.ledger_id).where(Dataset.id.in_(concerned)).order_by(Dataset.id).with_for_update(read=True)
+    concerned = {item.dataset.id for item in asked if item.plan is not None and item.objection is None}
+    if not concerned:
+        return asked
+    held = await session.execute(  # all of them, before any ledger: participations will refer to them
+        select(Dataset.id, Dataset.ledger_id)
+        .where(Dataset.id.in_([item.dataset.id for item in asked]))
+        .order_by(Dataset.id)
+        .with_for_update(read=True)
     )
-    ledgers = {ledger_id: await hold_ledger(session, ledger_id) for ledger_id in sorted(set(ledger_ids))}
+    ledger_ids = {row.ledger_id for row in held if row.id in concerned}
+    ledgers = {ledger_id: await hold_ledger(session, ledger_id) for ledger_id in sorted(ledger_ids)}
     elements = elements_of(Manifest.model_validate(job.manifest))
     promised = dict.fromkeys(ledgers, Cost.zero())  # to datasets of the same lineage, which are asked by this same job
     found = []

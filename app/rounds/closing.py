@@ -59,6 +59,7 @@ async def _freeze(session: AsyncSession, queue: Queue, job: Job, of: Round, even
     contributions = await list_contributions(session, of.id)
     for position, contribution in enumerate(contributions):
         contribution.update.position = position
+    hidden = spends_when_summed(spec_of(job), of.kind)  # see `accept_update`
     append(
         session,
         job_stream(job.id),
@@ -70,7 +71,7 @@ async def _freeze(session: AsyncSession, queue: Queue, job: Job, of: Round, even
             {
                 "organization": item.organization,
                 "dataset": item.dataset,
-                "digest": item.update.digest,
+                "digest": None if hidden else item.update.digest,
                 "weight": item.update.weight,
             }
             for item in contributions

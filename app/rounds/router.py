@@ -149,6 +149,7 @@ async def heartbeat(
         ProblemCode.JOB_NOT_RUNNING,
         ProblemCode.ROUND_NOT_COLLECTING,
         ProblemCode.GRANT_WITHDRAWN,
+        ProblemCode.BUDGET_EXHAUSTED,
         ProblemCode.DATASET_NOT_CONFIRMED,
         ProblemCode.UPDATE_CONFLICT,
         ProblemCode.LENGTH_REQUIRED,

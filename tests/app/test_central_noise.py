@@ -87,7 +87,7 @@ def test_a_round_with_central_noise_spends_when_it_is_summed_and_forgets_its_inp
     federation.until(lambda: federation.blobs("updates") == [])
     assert keys(federation) == [None, None]
     assert {row[0] for row in federation.platform.execute("SELECT blob_key FROM updates")} == {None}
-    shown = federation.researcher.jobs.round(job.id, 1).updates
+    shown = federation.platform.admin.jobs.round(job.id, 1).updates
     assert len(shown) == 3
     assert receipt.digest in {update.digest for update in shown}
     assert first.hand_in(offer, UPDATE) == receipt

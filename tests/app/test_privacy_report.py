@@ -21,7 +21,18 @@ from isthmus.privacy.reporting import analytic_gaussian_epsilon, rdp_epsilon_ref
 from isthmus.wire.jobs import JobSpec, JobState, JobView
 from isthmus.wire.privacy import PrivacyReport
 from isthmus.wire.problems import ProblemCode
-from tests.federation import BY_HAND, CENTRAL, LOCAL, RECORD, UNIFORM, Federation, initial, job_spec, measured
+from tests.federation import (
+    BY_HAND,
+    CENTRAL,
+    LOCAL,
+    RECORD,
+    UNIFORM,
+    Federation,
+    filled,
+    initial,
+    job_spec,
+    measured,
+)
 from tests.running import missing_id, refused
 from tests.standing import _standing, standing
 
@@ -146,6 +157,35 @@ def test_a_plan_that_promises_next_to_nothing_has_no_second_opinion(standing: Fe
         assert item.plan is not None
         assert item.plan.epsilon > 20
         assert item.epsilon_reference is None
+
+
+def test_nothing_of_an_update_that_only_the_service_may_see_is_told_to_anybody_else(standing: Federation) -> None:
+    """Training is a function of the records: who suspects what they are could try out its digest, or its norm."""
+    job = standing.start(job_spec(privacy=CENTRAL, strategy=UNIFORM))
+    sent = []
+    for number, site in enumerate(standing.sites):
+        sent.append(site.hand_in(site.claim(), filled(0.01 * (1 + number))).digest)
+    assert standing.finish(job).state is JobState.COMPLETED
+
+    own = standing.sites[0].steward
+    for client, known in ((standing.researcher, []), (own, sent[:1]), (standing.platform.admin, sent)):
+        http = standing.platform.http(client)
+        told = "".join(
+            http.get(f"/v1/jobs/{job.id}{path}").text
+            for path in ("", "/rounds", "/rounds/1", "/metrics", "/participations", "/privacy")
+        )
+        assert [digest for digest in sent if digest in told] == known
+        norms = [update.l2_norm for update in client.jobs.round(job.id, 1).updates]
+        assert norms == (
+            [None] * 3 if client is standing.researcher else [pytest.approx(n) for n in NORMS[: len(known)]]
+        )
+        story = http.get(f"/v1/jobs/{job.id}/events").text
+        assert not [digest for digest in sent if digest in story]
+    assert "update-accepted" in story
+    assert "round-frozen" in story
+
+
+NORMS = [6**0.5 * 0.01 * (1 + number) for number in range(3)]
 
 
 # --- Who sees what ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from isthmus.wire.datasets import (
@@ -40,6 +40,23 @@ POLICIES = st.builds(
     allow_exact_statistics=st.booleans(),
     automatic_approval=st.none() | st.just(AutomaticApproval()),
 )
+
+LOOSEST = UsePolicy(
+    purposes=("*",),
+    model_kinds=tuple(ModelKind),
+    modes=tuple(PrivacyMode),
+    budget=Budget(epsilon=100.0, delta=0.01),
+    max_delta=0.01,
+    max_rounds=100,
+    allow_exact_metrics=True,
+    allow_exact_statistics=True,
+)
+NEARLY_OPEN = st.builds(
+    lambda policy, clauses: LOOSEST.model_copy(update={clause: getattr(policy, clause) for clause in clauses}),
+    POLICIES,
+    st.sets(st.sampled_from(sorted(UsePolicy.model_fields)), max_size=2),
+)
+"""Policies that refuse for a reason or two."""
 
 
 def job(**changes: Any) -> JobSpec:
@@ -94,7 +111,15 @@ JOBS = st.sampled_from(
 )
 
 
-@given(POLICIES, POLICIES, JOBS, EPSILONS, st.sampled_from(["ada", "grace"]))
+@settings(max_examples=500, deadline=None)
+@example(  # a budget below `max_epsilon` bounds a single job as well
+    one=LOOSEST.model_copy(update={"max_epsilon": 1.0}),
+    other=LOOSEST.model_copy(update={"budget": Budget(epsilon=0.1)}),
+    spec=job(privacy={"unit": "record", "clip_norm": 1.0, "epsilon": 3.0}),
+    epsilon=1.0,
+    principal="ada",
+)
+@given(NEARLY_OPEN, NEARLY_OPEN, JOBS, EPSILONS, st.sampled_from(["ada", "grace"]))
 def test_what_the_stricter_of_two_policies_lets_pass_both_let_pass(
     one: UsePolicy, other: UsePolicy, spec: JobSpec, epsilon: float, principal: str
 ) -> None:
@@ -105,10 +130,11 @@ def test_what_the_stricter_of_two_policies_lets_pass_both_let_pass(
     each = not policy_objections(one, spec, **asked) and not policy_objections(other, spec, **asked)
     if passes:
         assert each
-    if each and PrivacyUnit(spec.privacy.unit) is PrivacyUnit.NONE:
+    if each and spec.privacy.unit is PrivacyUnit.NONE:
         assert passes, "nothing is refused that both allow"
 
 
+@settings(deadline=None)
 @given(POLICIES, POLICIES)
 def test_a_policy_that_is_not_looser_is_in_force_as_it_was_wanted(announced: UsePolicy, wanted: UsePolicy) -> None:
     looser = loosened(announced, wanted)
@@ -119,6 +145,7 @@ def test_a_policy_that_is_not_looser_is_in_force_as_it_was_wanted(announced: Use
     assert all(any(line.startswith(f"{clause}: ") for clause in UsePolicy.model_fields) for line in looser)
 
 
+@settings(deadline=None)
 @given(POLICIES)
 def test_the_default_policy_is_closed_and_no_announcement_refuses_any_job_less(policy: UsePolicy) -> None:
     for spec in (job(), job(privacy=RECORD)):

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from isthmus.privacy.cost import Cost
 from isthmus.wire.datasets import AnnounceDataset, UsePolicy, announcement_bytes
+from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import TaskOffer
 from isthmus_worker.handover import give, receive
 from isthmus_worker.journal import Journal
@@ -64,19 +65,23 @@ def test_a_job_that_protects_records_is_worked_through_and_charged_round_by_roun
     agent.journal.verify()
 
 
-def test_an_overdraft_that_the_service_approves_is_refused_before_any_work(agent: Agent, service: FakeService) -> None:
+def test_an_overdraft_that_the_service_approves_is_refused_before_any_work(
+    agent: Agent, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = make_offer(make_local_spec())
     _with_budget(agent, charge_for(first, LINEAGE).cost.epsilon(1e-5) * 1.01)
     service.offer(first)
     assert agent.step() is Outcome.SUBMITTED
-    other = {"job_id": UUID(int=50), "participation_id": UUID(int=51)}
+    other, orders = {"job_id": UUID(int=50), "participation_id": UUID(int=51)}, list[Any]()
+    monkeypatch.setattr(agent.trainer, "work", _heard(agent.trainer.work, orders))
     service.offer(make_offer(make_local_spec(), **other))
 
     assert agent.step() is Outcome.REFUSED
 
     assert "by this worker's own ledger epsilon" in service.refused[0]
     assert len(service.updates) == 1
-    assert sum(agent.journal.counts().values()) == 1  # nothing was computed
+    assert sum(agent.journal.counts().values()) == 1
+    assert orders == []  # nothing was computed
 
 
 def test_an_overdraft_between_the_check_and_the_end_of_the_work_is_refused_too(
@@ -192,6 +197,7 @@ def test_an_agent_whose_ledger_was_changed_does_not_start(announcing: Agent, ser
     service.offer(make_offer(make_local_spec()))
     announcing.step()
     announcing.journal.connection.execute("UPDATE ledgers SET draws = 0")
+    service.claim_refusal = ProblemCode.KEY_REVOKED  # else an agent that does start would work for ever
 
     with pytest.raises(LedgerDamaged, match="changed by hand"):
         announcing.run()

@@ -176,6 +176,8 @@ def test_data_move_back_and_forth_and_an_old_document_is_never_taken_again(old: 
 
     lineage = old.serve()
     assert old.journal.ledgers.total(lineage).entries == 5
+    claimed = old.journal.ledgers.claimed(str(make_offer(SPEC).participation_id))
+    assert claimed == old.journal.ledgers.total(lineage).cost  # with what the other worker released
     assert "no longer held" in old.objections(make_offer(SPEC, 2))[0]
     old.release(make_offer(SPEC, 3))
     with pytest.raises(HandoverRefused, match="it is an old one"):

@@ -260,11 +260,14 @@ def test_a_spend_that_cannot_be_written_leaves_the_release_unreleased(
     journal: Journal, state: StateDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = _prepare(journal, state, make_offer(SPEC))
+    real = journal.ledgers.append
+    assert journal.ledgers.claimed(release.key.participation_id) == Cost.zero()
 
-    def full(*_: object) -> None:
+    def full(*given: Any) -> None:
+        real(*given)
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(journal.ledgers, "put", full)
+    monkeypatch.setattr(journal.ledgers, "append", full)
     with pytest.raises(sqlite3.OperationalError):
         journal.mark_released(release)
 
@@ -272,6 +275,7 @@ def test_a_spend_that_cannot_be_written_leaves_the_release_unreleased(
     assert found is not None
     assert found.state is ReleaseState.PREPARED
     assert journal.ledgers.claimed(release.key.participation_id) == Cost.zero()
+    assert (journal.ledgers.total(LINEAGE).entries, journal.ledgers.entries(LINEAGE)) == (0, [])
 
 
 OLD_SCHEMA = """

@@ -9,9 +9,10 @@ import torch
 from isthmus.privacy.clipping import NonFiniteUpdate, global_norm
 from isthmus.torch import build, to_arrays
 from isthmus.wire.data import DataSpec
-from isthmus.wire.jobs import PrivacySpec, TrainingSpec
+from isthmus.wire.jobs import TrainingSpec
 from isthmus.wire.manifest import Manifest
 from isthmus.wire.models import ModelSpec
+from isthmus.wire.privacy import PrivacySpec, PrivacyUnit
 from isthmus_worker.determinism import settle
 from isthmus_worker.evaluation import NotMeasurable, evaluate
 from isthmus_worker.features import Examples
@@ -130,21 +131,20 @@ def test_only_averaged_tensors_leave_and_the_difference_is_taken_in_their_own_ty
     }  # fmt: skip
 
 
-def test_an_update_is_clipped_as_one_vector_and_noised_afresh() -> None:
+def test_without_a_privacy_unit_an_update_is_clipped_as_one_vector_if_the_job_has_a_bound() -> None:
     update = {"a": np.full(50, 3, np.float32), "b": np.full(50, 4, np.float32)}
 
-    clipped = protect(update, PrivacySpec(clip_norm=1.0))
-    noised = [protect(update, PrivacySpec(clip_norm=1.0, noise_multiplier=1.0)) for _ in range(2)]
+    none = PrivacySpec(unit=PrivacyUnit.NONE)
+    clipped = protect(update, PrivacySpec(unit=PrivacyUnit.NONE, clip_norm=1.0), None)
 
     assert global_norm(clipped) == pytest.approx(1.0, abs=1e-6)
     assert clipped["a"][0] / clipped["b"][0] == pytest.approx(0.75)
-    assert not _same(*noised)
-    assert _same(protect(update, PrivacySpec()), update)
+    assert _same(protect(update, none, None), update)
     for broken in ([np.nan, 1], [np.inf, 1], [np.inf, -np.inf]):
         with pytest.raises(NonFiniteUpdate):
-            protect({"a": np.array(broken, np.float32)}, PrivacySpec())
+            protect({"a": np.array(broken, np.float32)}, none, None)
     large = {"a": np.full(4, 3e38, np.float32)}  # finite, though its sum is not
-    assert _same(protect(large, PrivacySpec()), large)
+    assert _same(protect(large, none, None), large)
 
 
 def test_measures_are_finite_also_without_rows_and_auc_needs_both_classes() -> None:

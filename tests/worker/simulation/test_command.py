@@ -193,6 +193,7 @@ def test_what_differs_from_a_real_run_is_said() -> None:
     assert notes(job_spec()) == []
     spec = job_spec(
         cohort={"min_updates": 2, "over_selection": 1, "target_updates": 2},
-        privacy={"clip_norm": 1.0, "noise_multiplier": 1.0},
+        privacy={"unit": "record", "clip_norm": 1.0, "noise_multiplier": 1.0},
+        data={**job_spec().data.model_dump(), "standardize": "none"},
     )
     assert [note.split()[0] for note in notes(spec)] == ["cohort.over_selection", "cohort.target_updates:", "The"]

@@ -16,6 +16,7 @@ import pytest
 from isthmus.codec.arrays import encode
 from isthmus.federation.cohort import draw_cohort
 from isthmus.federation.rounds import cohort_seed
+from isthmus.torch import draw_initial
 from isthmus.wire.rounds import TaskKind
 from isthmus_worker.simulation.clients import Client, ClientsRefused
 from isthmus_worker.simulation.engine import Round, SimulationFailed, simulate
@@ -29,7 +30,11 @@ PATIENCE_S = 60
     "changes",
     [
         {},
-        {"strategy": "fedadam", "privacy": {"clip_norm": 0.1}, "cohort": {"min_updates": 2, "fraction": 0.5}},
+        {
+            "strategy": "fedadam",
+            "privacy": {"unit": "none", "clip_norm": 0.1},
+            "cohort": {"min_updates": 2, "fraction": 0.5},
+        },
         {"strategy": "fedavgm", "training": {"optimizer": "adam", "batch_size": "all", "epochs": 3}},
     ],
     ids=["fedavg", "fedadam", "fedavgm"],
@@ -177,15 +182,60 @@ def test_regression_is_simulated_too() -> None:
     assert rounds[4].metrics["holdout/loss"] < rounds[1].metrics["holdout/loss"]
 
 
-def test_noise_is_fresh_and_of_the_size_that_the_job_says() -> None:
-    spec = job_spec(rounds=1, privacy={"clip_norm": 1e-3, "noise_multiplier": 50.0}, evaluation={"holdout": 0})
-    start = simulated(spec, some_clients(2), on_round=lambda one: one.number == 0).model
-    one, two = (simulated(spec, some_clients(2)) for _ in range(2))
+POINTS = {
+    "task": "classification", "features": ["a", "b", "c", "d"], "target": "kind", "classes": 3, "standardize": "none",
+}  # fmt: skip
+ORGANIZATION = {
+    "data": POINTS, "rounds": 1, "evaluation": {"holdout": 0}, "strategy": {"fedavg": {"weights": "uniform"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "wanted"), [("local", 2.0 / 2**0.5), ("central", 0.5)])
+def test_noise_is_fresh_and_of_the_size_that_the_job_says(where: str, wanted: float) -> None:
+    """Of the mean of two: each site's own is twice the bound; the service's is the bound, once on the sum."""
+    privacy = {"unit": "organization", "where": where, "clip_norm": 1e-3, "noise_multiplier": 50.0}
+    spec = job_spec(**ORGANIZATION, privacy=privacy)
+    start = simulated(job_spec(**ORGANIZATION), some_clients(2), on_round=lambda _one: True)
+    before = draw_initial(spec.model, SEED)
+    runs = [simulated(spec, some_clients(2)) for _ in range(6)]
+
+    assert len({run.digest for run in runs}) == 6
+    assert start.epsilon_spent() == {}
+    moved = np.concatenate([(run.model[name] - before[name]).ravel() for run in runs for name in before])
+    assert np.std(moved) == pytest.approx(0.05 * wanted, rel=0.25)
+    for run in runs:
+        assert set(run.epsilon_spent().values()) == {pytest.approx(next(iter(run.plans.values())).epsilon)}
+
+
+def test_privacy_of_records_is_simulated_with_secret_coins_and_charged_for_each_client() -> None:
+    ranged = [{"name": name, "range": [-10, 10]} for name in "abcd"]
+    spec = job_spec(
+        data={**POINTS, "features": ranged, "standardize": "federated"},
+        privacy={"unit": "record", "clip_norm": 1.0, "epsilon": 8.0},
+        evaluation={"holdout": 0.25, "release": "noised"},
+    )
+    clients = some_clients(rows=(400, 640, 520, 480))
+    one, two = (simulated(spec, clients, test=points(300, seed=99)) for _ in range(2))
 
     assert one.digest != two.digest
-    moved = np.concatenate([(one.model[name] - start[name]).ravel() for name in start])
-    weights = np.array([40, 64]) / 104
-    assert np.std(moved) == pytest.approx(0.05 * np.sqrt((weights**2).sum()), rel=0.35)
+    assert one.statistics != two.statistics
+    epsilons = one.epsilon_spent()
+    assert set(epsilons) == {client.key for client in clients}
+    for key, epsilon in epsilons.items():
+        plan = one.plans[key]
+        assert plan is not None
+        assert epsilon == pytest.approx(plan.epsilon)
+        assert 7.0 < epsilon <= 8.0
+    assert one.rounds[-2].test is not None
+    assert one.rounds[-2].test["accuracy"] > 0.5
+    stopped = simulated(spec, clients, on_round=lambda done: done.number == 1)
+    assert max(stopped.epsilon_spent().values()) < min(epsilons.values())
+
+
+def test_a_target_that_no_noise_reaches_is_refused_with_the_clients_name() -> None:
+    privacy = {"unit": "record", "clip_norm": 1.0, "epsilon": 0.001, "delta": 1e-17}
+    with pytest.raises(ClientsRefused, match="clinic-0/points: no noise reaches"):
+        simulated(job_spec(data=POINTS, privacy=privacy), some_clients())
 
 
 def test_it_ends_where_the_caller_has_enough() -> None:

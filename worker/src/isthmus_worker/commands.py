@@ -202,9 +202,7 @@ def move(
 @datasets.command("receive")
 def receive_dataset(
     document: Annotated[Path, typer.Argument(help="What `dataset move` wrote on the other worker.")],
-    giver: Annotated[
-        str, typer.Option("--from", help="Public key of the worker that hands it on.")
-    ],
+    giver: Annotated[str, typer.Option("--from", help="Public key of the worker that hands it on.")],
     config: Config = DEFAULT_CONFIG,
 ) -> None:
     """Take a dataset over from another worker with its ledger. Stop this worker's agent before, start it afterwards."""

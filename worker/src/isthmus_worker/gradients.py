@@ -50,7 +50,7 @@ _FEWEST: Final = 8
 _GRAIN: Final = 8
 """Numbers of records that are worked on at once are multiples of this, and of twice as much from `_MANY` on."""
 _MANY: Final = 96
-_KNOWN_SIZES: Final[dict[Hashable, list[int]]] = {}
+_KNOWN: Final[dict[Hashable, tuple[int, list[int]]]] = {}
 """By the kind of model: what this process has found out already. A question of shapes, not of weights."""
 _MOST_KNOWN: Final = 64
 _NEAR: Final = 1e-3
@@ -115,7 +115,8 @@ class RecordGradients:
     The number is always the same because the last digits of what a processor computes for one record depend on how
     many it computes at once: were it as many as the coins chose, one record more would change the gradients of others.
     Places that no record takes are filled with zeros, and what comes of them is left out. Smaller numbers are used only
-    where `try_out` has found that they give the same gradients, bit by bit.
+    where `try_out` has found that they give the same gradients, bit by bit; and where a record's place makes such a
+    difference, only every second place is taken, or every fourth or eighth.
 
     Use as a context: at the end the hooks are taken off, and the model's own layers are put back.
     """
@@ -137,13 +138,13 @@ class RecordGradients:
         self._still = _padding_rows(model)
         self._hooked = GradSampleModule(model, loss_reduction="sum", strict=True)
         self._inputs = torch.zeros(at_once, *record_shape)
-        self._sizes = [at_once]
+        self._apart, self._sizes = 1, [at_once]
         self._handles: list[RemovableHandle] = []
 
     @property
     def at_once(self) -> int:
         """How many records are worked on at a time, at most."""
-        return self._sizes[-1]
+        return self._sizes[-1] // self._apart
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -164,22 +165,22 @@ class RecordGradients:
             ModelRefused: a parameter has no gradient for each record.
         """
         records = len(inputs)
-        size = next(size for size in self._sizes if size >= records)
-        filled, wanted = self._inputs[:size], targets
-        filled[:records] = inputs
+        size = next(size for size in self._sizes if size >= records * self._apart)
+        taken = slice(0, records * self._apart, self._apart)
+        filled, wanted = self._inputs[:size], targets.new_zeros((size, *targets.shape[1:]))
         if size > records:
-            filled[records:] = 0.0
-            wanted = targets.new_zeros((size, *targets.shape[1:]))
-            wanted[:records] = targets
+            filled.zero_()
+        filled[taken] = inputs
+        wanted[taken] = targets
         losses = self._backward(filled, wanted)
-        found = [self._taken(name, parameter, size)[:records] for name, parameter in self._trained.items()]
-        return found, float(losses[:records].sum())
+        found = [self._taken(name, parameter, size)[taken] for name, parameter in self._trained.items()]
+        return found, float(losses[taken].sum())
 
     def try_out(self, targets: Tensor) -> None:
-        """Run made-up records through the model, whose loss takes `targets` [0, ...].
+        """Run made-up records through the model, and find out how many may be worked on at once, and in which places.
 
-        Where records' gradients depend on how many are worked on at once, or on their places, down to the last bit,
-        fewer numbers of them are used from here on.
+        Args:
+            targets: [0, ...], of the kind that the loss takes.
 
         Raises:
             ModelRefused: a record's outputs depend on other records, the model changes its own tensors, or the records'
@@ -199,7 +200,7 @@ class RecordGradients:
             if not torch.equal(tensor.detach().nan_to_num(), before[name].nan_to_num()):
                 raise ModelRefused(f"Unit record: the model changes its tensor {name!r} as it is applied.")
         self._handles = _leave_out_batch_gradients(self._model)
-        self._sizes = self._known_sizes(made_up, wanted)
+        self._apart, self._sizes = self._known(made_up, wanted)
 
     def _made_up(self) -> Tensor:
         """Seeded, so that the answer is always the same. Embeddings take whole numbers: 0 and 1 are some to most."""
@@ -231,8 +232,13 @@ class RecordGradients:
             if _length(left) > _NEAR * lengths:  # NaN is not more
                 raise ModelRefused(f"Unit record: the records' gradients of {name!r} do not add up to the batch's.")
 
-    def _exchangeable_sizes(self, made_up: Tensor, wanted: Tensor) -> list[int]:
-        """The numbers of records that may stand in for one another, ascending: all give the same gradients to a bit."""
+    def _exchangeable(self, made_up: Tensor, wanted: Tensor) -> tuple[int, list[int]]:
+        """What gives a record the same gradient, to a bit, wherever it stands.
+
+        Returns:
+            How far apart records have to stand; and the numbers of places that may stand in for one another, ascending.
+            One record at a time, if nothing else does.
+        """
         most = len(made_up)
 
         def gradients_of(records: Tensor) -> list[NDArray[Any]]:
@@ -241,25 +247,26 @@ class RecordGradients:
 
         with _without_dropout(self._model):
             whole = gradients_of(made_up)
+            apart = 1
+            while not _same_bits(whole, gradients_of(made_up.roll(-apart, dims=0)), slice(apart, None)):
+                apart *= 2
+                if apart > min(_GRAIN, most // 2):
+                    return 1, [1]
             step = _GRAIN if most <= _MANY else 2 * _GRAIN
-            sizes = [
+            return apart, [
                 size
-                for size in range(step, most, step)
-                if _same_bits(whole, gradients_of(made_up[-size:]), slice(-size, None))
-            ]
-            # Those that agree also show that a record's place is none of its concern.
-            if not sizes and not _same_bits(whole, gradients_of(made_up.roll(-1, dims=0)), slice(1, None)):
-                return [1]
-        return [*sizes, most]
+                for size in range(step, most + 1, step)
+                if size == most or _same_bits(whole, gradients_of(made_up[-size:]), slice(-size, None))
+            ] or [most]
 
-    def _known_sizes(self, made_up: Tensor, wanted: Tensor) -> list[int]:
+    def _known(self, made_up: Tensor, wanted: Tensor) -> tuple[int, list[int]]:
         kinds = tuple(type(layer) for layer in self._model.modules())
         key = (kinds, repr(self._model), made_up.shape, wanted.shape, wanted.dtype, torch.get_num_threads())
-        if key not in _KNOWN_SIZES:
-            while len(_KNOWN_SIZES) >= _MOST_KNOWN:
-                del _KNOWN_SIZES[next(iter(_KNOWN_SIZES))]
-            _KNOWN_SIZES[key] = self._exchangeable_sizes(made_up, wanted)
-        return _KNOWN_SIZES[key]
+        if key not in _KNOWN:
+            while len(_KNOWN) >= _MOST_KNOWN:
+                del _KNOWN[next(iter(_KNOWN))]
+            _KNOWN[key] = self._exchangeable(made_up, wanted)
+        return _KNOWN[key]
 
     def portions(self, records: int) -> list[int]:
         """In what numbers so many records are best worked on, one after the other."""

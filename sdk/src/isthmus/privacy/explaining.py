@@ -176,8 +176,8 @@ def _assumptions(spec: JobSpec) -> list[str]:
     found = [
         f"The noise is drawn by {where}, which runs this platform's program unchanged: from the operating system's "
         "source of randomness, afresh for every release, and never told to anybody.",
-        "The job, its model, the bound, the amount of noise and the declared number of records are public; none of "
-        "them was chosen by looking at the records.",
+        "The job, its model, the bound and the amount of noise are public; none of them was chosen by looking at the "
+        "records. The number of records that an organization declares is public as well, and no noise hides it.",
         "Bounding, summing and noising happen in whole numbers, so that no rounding of floating-point numbers shows "
         "through the noise; what is decoded afterwards is a function of noised numbers alone.",
     ]

@@ -119,7 +119,7 @@ def _claim_objections(policy: UsePolicy, plan: PrivacyPlan | None) -> list[str]:
     if policy.budget is None:
         return ["budget: the dataset has no privacy budget; its worker's configuration sets one."]
     found = []
-    largest = policy.budget.epsilon if policy.max_epsilon is None else policy.max_epsilon
+    largest = policy.budget.epsilon if policy.max_epsilon is None else min(policy.budget.epsilon, policy.max_epsilon)
     if plan.epsilon > largest:
         found.append(
             f"max_epsilon: the job's epsilon at this dataset is {plan.epsilon:.4g}; at most {largest:g} passes (more "

@@ -235,10 +235,12 @@ class UpdateView(Response):
 
     organization: str
     dataset: str
-    digest: str
+    digest: str | None
+    """None: hidden. Under central noise updates are un-noised, and whoever knows what one may have been could tell by
+    its digest or its norm; only the service's operator and the organization itself see them."""
     size_bytes: int
     weight: float
-    l2_norm: float
+    l2_norm: float | None
     position: int | None
     """Place in the canonical order of the frozen set; None: not in the aggregate."""
     received_at: datetime
