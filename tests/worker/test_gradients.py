@@ -111,9 +111,9 @@ def test_a_records_gradient_does_not_hang_on_how_many_others_there_are_nor_on_it
     targets = torch.arange(23) % 2
     with RecordGradients(made(layers), entropy, shape, 32) as gradients:
         gradients.try_out(targets[:0])
-        whole, _ = gradients.of(records, targets)
+        whole, _ = all_of(gradients, records, targets)
         for some in ([4], [22, 3], list(range(12)), list(range(22, 0, -1))):
-            part, _ = gradients.of(records[some], targets[some])
+            part, _ = all_of(gradients, records[some], targets[some])
             for array, of_whole in zip(part, whole, strict=True):
                 assert np.array_equal(array, of_whole[some])
 
@@ -220,3 +220,12 @@ def test_how_many_are_worked_on_at_once_hangs_on_public_numbers_and_memory() -> 
     assert records_at_once(52_138, 100_000.0) == 128
     assert records_at_once(10**9, 64.0) == 1
     assert records_at_once(10, 1.0) == 8
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8, 56, 96, 104, 128])
+def test_any_number_of_records_can_be_worked_on(at_once: int) -> None:
+    with RecordGradients(made(LAYERS["norms"][1]), entropy, (6,), at_once) as gradients:
+        gradients.try_out(torch.zeros(0, dtype=torch.int64))
+        for records in (1, 2, 7, 50, at_once, at_once + 1, 3 * at_once):
+            found, _ = all_of(gradients, torch.randn(records, 6), torch.zeros(records, dtype=torch.int64))
+            assert all(len(array) == records for array in found)

@@ -47,7 +47,8 @@ def test_a_simulation_gives_the_checkpoints_statistics_and_measures_of_a_real_ru
     jobs: list[dict[str, Any]] = [
         {"strategy": "fedavg", "cohort": half},
         {"strategy": "fedavgm", "training": {"optimizer": {"adam": {"lr": 0.01}}, "batch_size": 7, "epochs": 2}},
-        {"strategy": {"fedadam": {"lr": 0.05, "weights": "uniform"}}, "privacy": {"unit": "none", "clip_norm": 0.05}, "cohort": half},
+        {"strategy": {"fedadam": {"lr": 0.05, "weights": "uniform"}}, "cohort": half,
+         "privacy": {"unit": "none", "clip_norm": 0.05}},
         {"data": {**job_spec().data.model_dump(), "standardize": "none",
                   "features": ["age", {"name": "sex", "categories": ["Female", "Male"]}]},
          "model": {"layers": [{"linear": {"in": 3, "out": 4}}, {"dropout": {"p": 0.3}}, "tanh",

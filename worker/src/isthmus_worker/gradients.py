@@ -253,11 +253,12 @@ class RecordGradients:
                 if apart > min(_GRAIN, most // 2):
                     return 1, [1]
             step = _GRAIN if most <= _MANY else 2 * _GRAIN
-            return apart, [
+            sizes = [
                 size
-                for size in range(step, most + 1, step)
-                if size == most or _same_bits(whole, gradients_of(made_up[-size:]), slice(-size, None))
-            ] or [most]
+                for size in range(step, most, step)
+                if _same_bits(whole, gradients_of(made_up[-size:]), slice(-size, None))
+            ]
+        return apart, [*sizes, most]
 
     def _known(self, made_up: Tensor, wanted: Tensor) -> tuple[int, list[int]]:
         kinds = tuple(type(layer) for layer in self._model.modules())
