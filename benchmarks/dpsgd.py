@@ -125,7 +125,8 @@ def _opacus(spec: JobSpec, examples: Examples, batch: int, steps: int) -> Callab
         for drawn in sampler:
             chosen = torch.tensor(drawn)
             optimizer.zero_grad()
-            functional.cross_entropy(model(inputs[chosen]), targets[chosen]).backward()
+            loss: Any = functional.cross_entropy(model(inputs[chosen]), targets[chosen])
+            loss.backward()
             optimizer.step()
 
     return train
@@ -140,7 +141,8 @@ def _plain(spec: JobSpec, examples: Examples, batch: int, steps: int) -> Callabl
         for _step in range(steps):
             chosen = torch.randperm(RECORDS)[:batch]
             optimizer.zero_grad()
-            functional.cross_entropy(model(inputs[chosen]), targets[chosen]).backward()
+            loss: Any = functional.cross_entropy(model(inputs[chosen]), targets[chosen])
+            loss.backward()
             optimizer.step()
 
     return train
