@@ -6,7 +6,8 @@ The engine of `isthmus simulate` runs examples/heart/job.yaml with each epsilon,
 seeds. A seed decides the initial weights and who is held out; coins and noise are secret and fresh in any case, so that
 the same command gives other figures within the error bars. Measured is the final model on the records that the
 hospitals hold out, pooled over them (with a privacy unit records are held out one by one, without one by shares of each
-class: the same seed does not hold out the same ones in both). Error bars are 95 % intervals of the mean over seeds (Student's t).
+class: the same seed does not hold out the same ones in both). Error bars are 95 % intervals of the mean over seeds
+(Student's t).
 """
 
 import hashlib

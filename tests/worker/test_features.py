@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from isthmus.wire.data import DataSpec, FeatureStatistics
+from isthmus.wire.data import DataSpec, FeatureSpec, FeatureStatistics, Missing
 from isthmus_worker.data import Cell, Table, fingerprint
 from isthmus_worker.features import (
     Examples,
@@ -155,6 +155,14 @@ def test_one_class_only_cannot_be_trained_on() -> None:
         require_two_classes(data, np.array([1, 1, 1]))
 
     require_two_classes(data, np.array([1, 0]))
+
+
+def test_numbers_outside_of_a_features_range_are_its_nearer_end_and_missing_ones_stay_missing() -> None:
+    feature = FeatureSpec(name="a", range=(0.0, 10.0), missing=Missing.INDICATE)
+
+    found = number_column(_table(a=[-5.0, 3.0, None, 1e300, 10.0]), feature)
+
+    assert np.array_equal(found, [0.0, 3.0, np.nan, 10.0, 10.0], equal_nan=True)
 
 
 def test_statistics_are_those_of_the_training_rows_and_of_what_is_not_missing() -> None:

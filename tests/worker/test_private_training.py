@@ -174,6 +174,34 @@ def test_without_noise_and_with_a_wide_clip_a_step_is_plain_gradient_descent(sum
     assert found == pytest.approx(wanted, abs=1e-3)
 
 
+class Sneaks(torch.nn.Module):
+    """Behaves while it is looked at; later it writes what it sees into its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = torch.nn.Linear(3, 2), 0
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls > 100:
+            self.layer.weight.data += values.detach()[0].sum()
+        found: torch.Tensor = self.layer(values)
+        return found
+
+
+def test_weights_move_by_the_noised_sums_alone_whatever_the_model_does_to_them(sums: list[NDArray[np.int64]]) -> None:
+    model, steps = Sneaks(), 300
+    before = to_arrays(model)
+    plan = plan_of(steps=steps, batch=40.0)
+    train_privately(
+        model, examples_of(40), spec_of(), plan, averaged=list(before), record_shape=(3,), tell=lambda _share: None
+    )
+    after, lattice = to_arrays(model), record_lattice(1.0, 1.0, 8)[0]
+    assert model.calls > 250
+    moved = np.concatenate([(after[name].astype(np.float64) - before[name]).ravel() for name in sorted(before)])
+    assert moved == pytest.approx(-np.sum(sums, axis=0) * lattice.step / 40.0, abs=1e-4)
+
+
 def test_it_learns_and_the_mean_is_over_the_expected_batch_whatever_the_coins_said(
     sums: list[NDArray[np.int64]],
 ) -> None:

@@ -110,3 +110,16 @@ def test_the_lattice_is_the_finest_whose_noise_can_be_drawn(noise: float, elemen
     assert lattice.sensitivity >= lattice.scale + math.sqrt(elements) / 2
     finer = Lattice(1.0, 2 * lattice.scale, elements).sensitivity
     assert lattice.scale == SAMPLE_SCALE or (noise * finer) ** 2 > MAX_VARIANCE
+
+
+def test_the_bound_is_checked_in_whole_numbers_even_if_the_factor_was_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    lattice = Lattice(1.0, SAMPLE_SCALE, ELEMENTS)
+
+    def not_clipped(_self: ClippedSum, gradients: list[NDArray[np.floating]]) -> NDArray[np.float64]:  # type: ignore[type-arg]
+        return np.full(len(gradients[0]), float(lattice.scale))
+
+    monkeypatch.setattr(ClippedSum, "_factors", not_clipped)
+    for length in (1.00002, 1.5, 40.0):
+        row = np.full((1, ELEMENTS), length / math.sqrt(ELEMENTS), np.float32)
+        found = squares(clipped(parted(row), lattice))
+        assert 0.99 * lattice.scale**2 < found <= lattice.sensitivity**2

@@ -4,7 +4,10 @@ import os
 
 import numpy as np
 
+from isthmus_worker.data import Table
+from isthmus_worker.parts import mark_holdout
 from isthmus_worker.splitting import held_out, held_out_apart
+from tests.worker.factories import make_record_spec, make_spec
 
 KEY = b"a worker's secret"
 
@@ -47,3 +50,15 @@ def test_who_is_held_out_is_the_workers_secret_and_equal_records_go_together() -
     assert 0.4 < (one == held_out_apart(found, 0.5, os.urandom(32))).mean() < 0.6
     twice = held_out_apart([found[3], found[4], found[3]], 0.5, KEY)
     assert twice[0] == twice[2]
+
+
+def test_a_job_that_protects_records_holds_them_out_one_by_one_for_all_that_it_does() -> None:
+    chance = np.random.default_rng(0)
+    columns = {"age": chance.normal(50, 10, 300), "pressure": chance.normal(130, 20, 300), "sex": ["F"] * 300}
+    table = Table({**columns, "ill": np.arange(300) % 2}, fingerprints(300))
+    rest = np.delete(np.arange(300), 100)
+    spec = make_record_spec()
+    whole = mark_holdout(table, spec, KEY).holdout
+    assert np.array_equal(mark_holdout(table.only(rest), spec, KEY).holdout, whole[rest])
+    assert 0 < whole.sum() < 300
+    assert mark_holdout(table, make_spec(), KEY).holdout.sum() == 60  # exact shares where nothing is claimed

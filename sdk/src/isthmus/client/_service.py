@@ -1,8 +1,10 @@
 """The one place where requests leave: addresses, the key, retries, and bodies as models of the contract."""
 
+import os
 import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Final, NoReturn, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -20,6 +22,16 @@ Item = TypeVar("Item")
 Query = Mapping[str, str | int | None]
 
 USER_AGENT: Final = f"isthmus/{__version__}"
+
+
+_TRUST_FROM: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+"""What of the environment decides whom the usual context trusts."""
+
+
+@lru_cache(maxsize=8)
+def _usual_trust(_file: str | None, _folder: str | None) -> ssl.SSLContext:
+    """The context of all clients that bring none: reading the certificates takes longer than a request."""
+    return httpx.create_ssl_context()
 
 
 class Service:
@@ -45,7 +57,7 @@ class Service:
         self.timeout_s: Final = timeout_s
         self.retries: Final = retries
         self.clock: Final = clock
-        self.tls: Final = tls if tls is not None else httpx.create_ssl_context()
+        self.tls: Final = tls if tls is not None else _usual_trust(*map(os.environ.get, _TRUST_FROM))
         self.own_transport: Final = transport is not None
         self.headers: Final = {"User-Agent": USER_AGENT, "Accept": "application/json"}
         if api_key is not None:
