@@ -86,6 +86,7 @@ def _ours(spec: JobSpec, examples: Examples, batch: int, steps: int) -> Callable
         unit=PrivacyUnit.RECORD,
         where=None,
         epsilon=0.0,
+        budget_epsilon=0.0,
         delta=1e-5,
         clip_norm=CLIP,
         noise_multiplier=NOISE,

@@ -6,7 +6,7 @@ from sqlalchemy import func, not_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.models import Dataset, Ledger
+from app.models import Dataset, Ledger, Lineage
 from isthmus.privacy.conversion import limit_of
 from isthmus.privacy.cost import SAMPLER_SHARE, Cost, Limit
 from isthmus.privacy.rdp import ORDERS
@@ -21,6 +21,50 @@ NO_PROMISE = 1e6
 
 async def open_ledger(session: AsyncSession, organization_id: UUID, lineage: str) -> UUID:
     """The ledger of a lineage of data in an organization: the one that stands, or a new one without a budget."""
+    known = await _find_ledger(session, organization_id, lineage)
+    if known is None:
+        own = await _own_ledger(session, organization_id, lineage)
+        await keep_ledger(session, organization_id, lineage, ledger_id=own)
+        known = await _find_ledger(session, organization_id, lineage)
+        assert known is not None, "lineages are never deleted"
+    return known
+
+
+async def keep_ledger(session: AsyncSession, organization_id: UUID, lineage: str, *, ledger_id: UUID) -> None:
+    """Have a lineage that was never heard of draw on a ledger that stands; one that has its ledger keeps it."""
+    await session.execute(
+        insert(Lineage)
+        .values(organization_id=organization_id, lineage=lineage, ledger_id=ledger_id)
+        .on_conflict_do_nothing()
+    )
+
+
+async def begin_anew(session: AsyncSession, organization_id: UUID, lineage: str, *, former: UUID) -> UUID:
+    """The ledger of a lineage whose records are not those of ledger `former`, after all.
+
+    That is the one that the lineage has through another dataset; or a new one, which it draws on from now on.
+    """
+    known = await open_ledger(session, organization_id, lineage)
+    if known != former:
+        return known
+    own = await _own_ledger(session, organization_id, lineage)
+    await session.execute(
+        update(Lineage)
+        .where(Lineage.organization_id == organization_id, Lineage.lineage == lineage)
+        .values(ledger_id=own)
+    )
+    return own
+
+
+async def _find_ledger(session: AsyncSession, organization_id: UUID, lineage: str) -> UUID | None:
+    found: UUID | None = await session.scalar(
+        select(Lineage.ledger_id).where(Lineage.organization_id == organization_id, Lineage.lineage == lineage)
+    )
+    return found
+
+
+async def _own_ledger(session: AsyncSession, organization_id: UUID, lineage: str) -> UUID:
+    """The ledger that bears a lineage in all its entries."""
     created: UUID | None = await session.scalar(
         insert(Ledger)
         .values(organization_id=organization_id, lineage=lineage)

@@ -1,6 +1,6 @@
 """Addresses of datasets."""
 
-from typing import Annotated
+from typing import Annotated, Final
 from uuid import UUID
 
 from fastapi import APIRouter, Body
@@ -10,7 +10,7 @@ from app.dependencies import Agent, DatasetReader, DatasetWriter, Transaction
 from app.pagination import Page as Paging
 from app.problems import refuses
 from isthmus.wire.base import Name, Page
-from isthmus.wire.datasets import AnnounceDataset, DatasetView, UsePolicy
+from isthmus.wire.datasets import AnnounceDataset, ConfirmDataset, DatasetView, UsePolicy
 from isthmus.wire.problems import ProblemCode
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
@@ -56,6 +56,8 @@ Policy = Annotated[
     ),
 ]
 
+SAME_RECORDS: Final = ConfirmDataset()
+
 
 @router.put(
     "/{name}",
@@ -88,9 +90,15 @@ async def get_dataset(dataset_id: UUID, caller: DatasetReader, session: Transact
     summary="Confirm a dataset",
     responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.STATE_CONFLICT),
 )
-async def confirm_dataset(dataset_id: UUID, caller: DatasetWriter, session: Transaction) -> DatasetView:
-    """Let a dataset of one's own organization take part in jobs, as far as its policy goes."""
-    return await service.confirm_dataset(session, dataset_id, caller=caller)
+async def confirm_dataset(
+    dataset_id: UUID, caller: DatasetWriter, session: Transaction, body: ConfirmDataset = SAME_RECORDS
+) -> DatasetView:
+    """Let a dataset of one's own organization take part in jobs, as far as its policy goes; a body is optional.
+
+    Its budget stays, with what was spent of it, even where another worker announced another lineage. Only with
+    `other_records` does the budget begin anew.
+    """
+    return await service.confirm_dataset(session, dataset_id, body, caller=caller)
 
 
 @router.post("/{dataset_id}/retire", summary="Retire a dataset", responses=refuses(ProblemCode.NOT_FOUND))

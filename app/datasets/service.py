@@ -12,7 +12,7 @@ from app.audit.service import append, organization_stream
 from app.database import clock
 from app.datasets import queries
 from app.datasets.announcements import require_newer, require_signature
-from app.datasets.budgets import open_ledger, settle_budget
+from app.datasets.budgets import begin_anew, keep_ledger, open_ledger, settle_budget
 from app.datasets.handovers import take_over
 from app.dependencies import Caller
 from app.errors import DatasetServedElsewhere, Forbidden, PolicyLoosened, StateConflict
@@ -20,7 +20,15 @@ from app.federation.lifecycle import ENDED_JOBS
 from app.models import Dataset, Job, Ledger, Participation, Worker
 from isthmus.wire.base import digest_of
 from isthmus.wire.data import ColumnSchema, DatasetSchema
-from isthmus.wire.datasets import AnnounceDataset, DatasetState, DatasetView, UsePolicy, loosened, strictest
+from isthmus.wire.datasets import (
+    AnnounceDataset,
+    ConfirmDataset,
+    DatasetState,
+    DatasetView,
+    UsePolicy,
+    loosened,
+    strictest,
+)
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import ParticipationState
 
@@ -32,7 +40,8 @@ async def announce_dataset(session: AsyncSession, name: str, body: AnnounceDatas
     another lineage, a policy that allows more than the last one, or another worker (which needs the former one to be
     revoked), are for the steward to confirm anew; a policy that allows less is in force at once. A worker to which the
     former one has handed the dataset on takes its place. A retired dataset stays retired. Announcing what is known
-    already changes nothing.
+    already changes nothing. Whatever the lineage, the dataset draws on the ledger that it has had, and a lineage that
+    was never heard of draws on that one too, under every name: that it stands for other records is for a steward to say.
 
     Raises:
         PolicySignatureInvalid: policy and lineage are not signed by the worker for this dataset, or not last.
@@ -133,6 +142,8 @@ async def _change(
     if announced != body.policy:
         dataset.policy = _in_force(body.policy, dataset).model_dump(mode="json")
         dataset.announced_policy = body.policy.model_dump(mode="json")
+    if "lineage" in changed:
+        await keep_ledger(session, dataset.organization_id, body.lineage, ledger_id=dataset.ledger_id)
     dataset.worker_id, dataset.announced_at = worker_id, now
     for_the_steward = moved or reshaped or "lineage" in changed or loosened(announced, body.policy)
     if for_the_steward and dataset.state is DatasetState.CONFIRMED:
@@ -186,19 +197,25 @@ async def _announced(session: AsyncSession, dataset: Dataset, *, at: datetime, a
     )
 
 
-async def confirm_dataset(session: AsyncSession, dataset_id: UUID, *, caller: Caller) -> DatasetView:
+async def confirm_dataset(
+    session: AsyncSession, dataset_id: UUID, body: ConfirmDataset, *, caller: Caller
+) -> DatasetView:
     """Let a dataset take part in jobs, as far as its policy goes. A retired one comes back with its ledger.
 
-    With another lineage than it was confirmed with, it draws on another ledger from now on; the old one stays.
+    It keeps that ledger under another lineage too, unless the steward says that these are other records than before:
+    then it draws on another one from now on, and the old one stays.
 
     Raises:
         NotFound: there is no such dataset, or it is another organization's.
-        StateConflict: it has another lineage now, and takes part in running jobs under the former one.
+        StateConflict: other records are said to be there, but the worker announced the lineage of the ledger itself;
+            or the dataset is confirmed already with the ledger kept, or takes part in running jobs under it.
     """
     dataset = await queries.get_dataset(session, dataset_id, caller=caller, lock=True)
+    former = dataset.ledger_id
+    if body.other_records:
+        await _leave_ledger(session, dataset)
     if dataset.state is not DatasetState.CONFIRMED:
         now = await clock(session)
-        former = await _follow_lineage(session, dataset)
         dataset.state, dataset.confirmed_at = DatasetState.CONFIRMED, now
         await _decided(
             session,
@@ -209,20 +226,32 @@ async def confirm_dataset(session: AsyncSession, dataset_id: UUID, *, caller: Ca
             rows=dataset.rows,
             policy_digest=digest_of(UsePolicy.model_validate(dataset.policy)),
             lineage=dataset.lineage,
+            ledger="kept" if dataset.ledger_id == former else "new",
         )
         for ledger_id in sorted({former, dataset.ledger_id}):
             await _settle(session, ledger_id, at=now, actor=caller.name)
     return await queries.get_view(session, dataset_id, caller=caller)
 
 
-async def _follow_lineage(session: AsyncSession, dataset: Dataset) -> UUID:
-    """Have a dataset draw on the ledger of its lineage; the id of the one that it drew on before.
+async def _leave_ledger(session: AsyncSession, dataset: Dataset) -> None:
+    """Have a dataset of other records than before draw on a ledger of theirs. Said again, it changes nothing.
 
     Nothing that was promised from one ledger may be spent from another: participations end before.
     """
     former = dataset.ledger_id
     if (await session.scalars(select(Ledger.lineage).where(Ledger.id == former))).one() == dataset.lineage:
-        return former
+        if dataset.state is DatasetState.CONFIRMED:
+            return
+        raise StateConflict(
+            f"The worker of dataset {dataset.name!r} announced the very lineage that its ledger began with: these are "
+            "the records of before, and so is their budget. Confirm it without other_records, or have other records "
+            "announced under a name of their own."
+        )
+    if dataset.state is DatasetState.CONFIRMED:
+        raise StateConflict(
+            f"Dataset {dataset.name!r} is confirmed, and draws on the ledger that it had before. If it holds other "
+            "records after all, retire it, and confirm it again with other_records."
+        )
     taking_part = exists().where(
         Participation.dataset_id == dataset.id,
         Participation.job_id == Job.id,
@@ -233,11 +262,11 @@ async def _follow_lineage(session: AsyncSession, dataset: Dataset) -> UUID:
     )
     if await session.scalar(select(taking_part)):
         raise StateConflict(
-            f"Dataset {dataset.name!r} has another lineage than it was confirmed with, and takes part in jobs under "
-            "the former one. Withdraw it from them, or wait until they are over; a moment later it can be confirmed."
+            f"Dataset {dataset.name!r} takes part in jobs under its former lineage, and what was promised to them is "
+            "reserved in its former ledger. Withdraw it from them, or wait until they are over; a moment later it can "
+            "be confirmed."
         )
-    dataset.ledger_id = await open_ledger(session, dataset.organization_id, dataset.lineage)
-    return former
+    dataset.ledger_id = await begin_anew(session, dataset.organization_id, dataset.lineage, former=former)
 
 
 async def retire_dataset(session: AsyncSession, dataset_id: UUID, *, caller: Caller) -> DatasetView:

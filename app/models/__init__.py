@@ -11,6 +11,7 @@ from app.models.idempotency_key import IdempotencyKey
 from app.models.job import Job
 from app.models.ledger import Ledger
 from app.models.ledger_entry import LedgerEntry
+from app.models.lineage import Lineage
 from app.models.organization import Organization
 from app.models.participation import Participation
 from app.models.principal import Principal
@@ -21,6 +22,6 @@ from app.models.worker import Worker
 
 __all__ = [
     "ApiKey", "Base", "Checkpoint", "Dataset", "EnrollmentToken", "Event", "EventStream", "Grant", "IdempotencyKey",
-    "Job", "Ledger", "LedgerEntry", "Organization", "Participation", "Principal", "Round", "Task", "Update", "Worker",
-    "uuid7",
+    "Job", "Ledger", "LedgerEntry", "Lineage", "Organization", "Participation", "Principal", "Round", "Task", "Update",
+    "Worker", "uuid7",
 ]  # fmt: skip

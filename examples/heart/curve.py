@@ -81,7 +81,7 @@ def _references(results: Results, measure: str) -> list[Reference]:
         value: float | None = getattr(results[row][EVERYBODY], measure)
         return value
 
-    found = [Reference("pooled centrally", value, INK, "--") for value in [of(POOLED)] if value is not None]
+    found = [Reference(POOLED, value, INK, "--") for value in [of(POOLED)] if value is not None]
     for hospital in HOSPITALS:
         color = RED if hospital.name == "switzerland" else MUTED
         value = of(alone(hospital.name))

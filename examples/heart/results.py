@@ -11,10 +11,10 @@ from examples.heart.baselines import EVERYBODY, Score, Scores
 from examples.heart.hospitals import HOSPITALS
 
 FEDERATED: Final = "federated"
-POOLED: Final = "pooled centrally"
+POOLED: Final = "pooled, no privacy"
 
 Results = Mapping[str, Scores]
-"""`<hospital> alone`, `federated`, `pooled centrally` -> how that model does at each hospital, and on everybody."""
+"""`<hospital> alone`, `federated`, `pooled, no privacy` -> how that model does at each hospital, and on everybody."""
 
 
 def alone(hospital: str) -> str:
@@ -46,7 +46,7 @@ def conclusions(results: Results) -> list[str]:
     said = [
         f"On everybody's {everybody.rows} held-out patients the federated model is right for {_percent(everybody)}, a "
         f"model of all records in one place for {_percent(pooled[EVERYBODY])}, Switzerland's own for "
-        f"{_percent(swiss[EVERYBODY])}."
+        f"{_percent(swiss[EVERYBODY])}. Only the federated one hides its patients; the others have no noise."
     ]
     own = swiss["switzerland"]
     if own.accuracy > there.accuracy:

@@ -206,6 +206,7 @@ def upgrade() -> None:
         op.execute(FUNCTIONS[name])
     _create_ledgers()
     _alter_datasets()
+    _create_lineages()
     _alter_participations()
     _alter_ledger_entries()
     op.add_column("rounds", sa.Column("noise_key", sa.LargeBinary(), nullable=True))
@@ -277,6 +278,25 @@ def _alter_datasets() -> None:
         op.alter_column("datasets", column, nullable=False)
     op.create_foreign_key("fk_datasets_ledger_id_ledgers", "datasets", "ledgers", ["ledger_id"], ["id"])
     op.create_index("ix_datasets_ledger_id", "datasets", ["ledger_id"])
+
+
+def _create_lineages() -> None:
+    op.create_table(
+        "lineages",
+        sa.Column("organization_id", sa.Uuid(), nullable=False),
+        sa.Column("lineage", sa.String(), nullable=False),
+        sa.Column("ledger_id", sa.Uuid(), nullable=False),
+        sa.PrimaryKeyConstraint("organization_id", "lineage", name="pk_lineages"),
+        sa.ForeignKeyConstraint(
+            ["organization_id"], ["organizations.id"], name="fk_lineages_organization_id_organizations"
+        ),
+        sa.ForeignKeyConstraint(["ledger_id"], ["ledgers.id"], name="fk_lineages_ledger_id_ledgers"),
+    )
+    op.create_index("ix_lineages_ledger_id", "lineages", ["ledger_id"])
+    op.execute("""
+        INSERT INTO lineages (organization_id, lineage, ledger_id)
+        SELECT organization_id, lineage, id FROM ledgers
+    """)
 
 
 def _alter_participations() -> None:
@@ -399,6 +419,7 @@ def downgrade() -> None:
     op.drop_index("ix_datasets_ledger_id", table_name="datasets")
     for name in ("announced_policy", "policy_signature", "signed_at", "lineage", "ledger_id"):
         op.drop_column("datasets", name)
+    op.drop_table("lineages")
     op.drop_table("ledgers")
     for function in FUNCTIONS:
         if function not in ("isthmus_enter()", "isthmus_entry_hash(ledger_entries)"):

@@ -50,7 +50,7 @@ def left_in(folder: Path) -> list[str]:
 
 def figures(output: str) -> dict[str, list[tuple[float, float | None]]]:
     """The table: model -> (accuracy, AUC) at each hospital, and on everybody."""
-    rows = re.findall(rf"^ *(\w[\w ]*?) +((?:{CELL} *){{5}})$", output, re.MULTILINE)
+    rows = re.findall(rf"^ *(\w[\w ,]*?) +((?:{CELL} *){{5}})$", output, re.MULTILINE)
     return {
         row[0]: [(float(accuracy), None if auc == "n/a" else float(auc)) for accuracy, auc in re.findall(CELL, row[1])]
         for row in rows
@@ -68,20 +68,20 @@ def test_four_hospitals_get_one_model_and_no_process_is_left(tmp_path: Path) -> 
     told = re.findall(r"round (\d+)/20 +[\d.]+ s a round +updates 4/4 *$", output, re.MULTILINE)
     assert [int(number) for number in told] == list(range(1, 21)), "the live line shows what was released, and no more"
     assert "loss" not in output.partition("On held-out patients")[0]
-    spent = re.search(r"epsilon Cleveland (\S+), Hungary (\S+), Switzerland (\S+), Long Beach (\S+), at delta", output)
+    spent = re.search(r"epsilon Cleveland (\S+), Hungary (\S+), Switzerland (\S+), Long Beach (\S+), at", output)
     assert spent is not None
     assert all(2.8 < float(epsilon) <= 3.0 for epsilon in spent.groups())
 
     # The hold-outs are drawn by the workers' secrets. Of 400 draws the worst had 0.71, 0.81 and 0.07 here.
     table = figures(output)
-    assert list(table) == [*(f"{hospital.short} alone" for hospital in HOSPITALS), "federated", "pooled centrally"]
+    assert list(table) == [*(f"{hospital.short} alone" for hospital in HOSPITALS), "federated", "pooled, no privacy"]
     everybody = {model: cells[-1] for model, cells in table.items()}
     accuracy, auc = everybody["federated"]
     assert accuracy >= 0.68
     assert auc is not None
     assert auc >= 0.79
     assert accuracy >= everybody["Switzerland alone"][0] + 0.05
-    assert abs(accuracy - everybody["pooled centrally"][0]) <= 0.12
+    assert abs(accuracy - everybody["pooled, no privacy"][0]) <= 0.12
 
     about = json.loads((folder / "model" / "model.json").read_text())
     assert about["state"] == "completed"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from isthmus.client import Client, Refused
+from isthmus.client import Client
 from isthmus.wire.datasets import AnnounceDataset, AutomaticApproval, Budget, DatasetState, DatasetView, UsePolicy
 from isthmus.wire.jobs import JobState
 from isthmus.wire.ledger import BudgetView
@@ -393,25 +393,6 @@ def test_two_organizations_never_share_a_ledger(clinic: Clinic, platform: Platfo
     assert platform.execute("SELECT count(*) FROM ledgers") == [(2,)]
 
 
-def test_another_lineage_is_another_ledger_once_the_steward_says_so(clinic: Clinic) -> None:
-    dataset = clinic.confirmed()
-    before = ledgers(clinic)
-
-    told = clinic.announce(lineage="5e" * 32)
-    assert (told.state, told.lineage, ledgers(clinic)) == (DatasetState.ANNOUNCED, "5e" * 32, before)
-
-    clinic.steward.datasets.confirm(dataset.id)
-    assert ledgers(clinic) == {"heart": "5e" * 32}
-    assert clinic.platform.execute("SELECT count(*) FROM ledgers") == [(2,)], "the old one stays"
-    assert [told["lineage"] for told in clinic.events("dataset-confirmed")] == [dataset.lineage, "5e" * 32]
-
-
-def ledgers(clinic: Clinic) -> dict[str, str]:
-    """The lineage of the ledger that each dataset draws on."""
-    found = clinic.platform.execute("SELECT d.name, l.lineage FROM datasets d JOIN ledgers l ON l.id = d.ledger_id")
-    return dict(found)
-
-
 def test_a_budget_lowered_below_what_is_promised_is_closed_until_it_is_raised(federation: Federation) -> None:
     site = federation.sites[0]
     federation.start(job_spec(privacy=RECORD, rounds=5))
@@ -441,30 +422,6 @@ def test_what_was_spent_is_spent_under_any_name(federation: Federation) -> None:
 
     assert renamed.budget is not None
     assert renamed.budget.spent_epsilon == spent
-
-
-def test_a_dataset_does_not_change_its_ledger_under_running_jobs(federation: Federation) -> None:
-    site = federation.sites[0]
-    job = federation.start(job_spec(privacy=RECORD))
-    site.announce(lineage="5e" * 32, rows=100)
-
-    with refused(ProblemCode.STATE_CONFLICT) as refusals:
-        site.steward.datasets.confirm(site.dataset.id)
-    assert "Withdraw it from them" in refusals[0].detail
-
-    federation.researcher.jobs.cancel(job.id)
-    confirmed = federation.until(lambda: _confirmed(site.steward, site.dataset))
-    assert confirmed.state is DatasetState.CONFIRMED
-
-
-def _confirmed(steward: Client, dataset: DatasetView) -> DatasetView | None:
-    """The dataset, if its steward may confirm it by now."""
-    try:
-        return steward.datasets.confirm(dataset.id)
-    except Refused as refusal:
-        if refusal.code is not ProblemCode.STATE_CONFLICT:
-            raise
-        return None
 
 
 def budget_of(federation: Federation, number: int = 0) -> BudgetView:

@@ -116,7 +116,7 @@ def test_no_two_tensors_and_no_two_blocks_share_their_noise() -> None:
 def test_the_noise_of_the_mean_has_the_variance_that_was_claimed(noise: float) -> None:
     """z * D steps on the sum, whatever the number of updates, on every element and once."""
     updates = [zeros(LARGE) for _ in range(4)]
-    lattice = lattice_of(LARGE, C)
+    lattice, _ = lattice_of(LARGE, C, 1.0)
 
     mean = flat(summed(LARGE, updates, noise=noise))
 
@@ -129,7 +129,7 @@ def test_the_noise_of_the_mean_has_the_variance_that_was_claimed(noise: float) -
 
 
 def test_the_noise_is_added_once_and_not_for_each_update() -> None:
-    lattice = lattice_of(LARGE, C)
+    lattice, _ = lattice_of(LARGE, C, 1.0)
     one, five = (flat(summed(LARGE, [zeros(LARGE)] * count, noise=2.0)) for count in (1, 5))
 
     assert one.std() == pytest.approx(2.0 * lattice.sensitivity * lattice.step, rel=0.01)
@@ -163,7 +163,7 @@ def as_update(values: NDArray[np.float32]) -> MemorySource:
 
 
 def assert_bounded(update: MemorySource) -> None:
-    lattice = lattice_of(SMALL, C)
+    lattice, _ = lattice_of(SMALL, C, 1.0)
     (factor,) = clipping_factors([update], update_manifest(SMALL).tensors, lattice)
     integers = np.concatenate([to_lattice(array.reshape(-1), factor) for array in update.arrays.values()])
     assert sum(int(value) ** 2 for value in integers) <= lattice.sensitivity**2
@@ -197,7 +197,7 @@ def test_one_long_update_moves_the_mean_by_no_more_than_its_share() -> None:
     without = flat(summed(SMALL, [*honest, zeros(SMALL)]))
     shouted = flat(summed(SMALL, [*honest, random_update(SMALL, 4, 1e6)]))
 
-    lattice = lattice_of(SMALL, C)
+    lattice, _ = lattice_of(SMALL, C, 1.0)
     assert float(np.linalg.norm(shouted - without)) <= 1.0001 * lattice.sensitivity * lattice.step / 4
 
 
@@ -248,3 +248,11 @@ def test_what_makes_no_sense_is_refused() -> None:
         summed(SMALL, [zeros(SMALL)], noise=0.0)
     with pytest.raises(TensorsMismatch):
         summed(SMALL, [MemorySource({"bias": np.zeros(3, np.float32)})])
+
+
+def test_noise_too_loud_for_the_finest_grid_is_drawn_on_a_coarser_one() -> None:
+    finest, _ = lattice_of(SMALL, C, 1.0)
+    loud, variance = lattice_of(SMALL, C, 10_000.0)
+    assert loud.scale < finest.scale
+    assert math.sqrt(variance) / loud.sensitivity >= 10_000.0
+    assert math.sqrt(variance) / loud.sensitivity < 10_000.0 * (1 + 1e-6)

@@ -117,7 +117,7 @@ def test_no_privacy_is_shown_in_red(isthmus: Terminal, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("privacy", "told"),
     [
-        ("{unit: record, epsilon: 0, clip_norm: 1}", "must be greater than 0"),
+        ("{unit: record, epsilon: 0, clip_norm: 1}", "must be at least 0.01"),
         ("{unit: record, epsilon: 1000000000.0, clip_norm: 1}", "must be at most 100"),
         ("{unit: record, epsilon: 3}", "needs a clip_norm"),
         ("{unit: person, epsilon: 3, clip_norm: 1}", "'none', 'record' or 'organization'"),

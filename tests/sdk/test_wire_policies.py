@@ -82,6 +82,7 @@ def plan(spec: JobSpec, epsilon: float) -> PrivacyPlan | None:
         unit=spec.privacy.unit,
         where=spec.privacy.where,
         epsilon=epsilon,
+        budget_epsilon=epsilon,
         delta=spec.privacy.claimed_delta,
         clip_norm=1.0,
         noise_multiplier=1.0,

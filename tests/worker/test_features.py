@@ -291,7 +291,7 @@ def test_an_array_beyond_float32_saturates() -> None:
         ({"name": "x"}, np.array(["1", "4711x"]), "'x' must hold numbers"),
         ({"name": "x"}, np.array([1.0, np.inf]), "'x' must hold numbers"),
         ({"name": "x"}, np.array([4711.0, np.nan]), "'x' has missing values"),
-        ({"name": "x", "categories": ["a"]}, np.full((2, 3), 4711), "'x' holds a category that the job does not list"),
+        ({"name": "x", "categories": ["a"]}, np.full((2, 3), 4711), "'x' must hold categories; it holds arrays"),
         ({"name": "x", "categories": ["a"]}, np.array(["a", "4711"]), "'x' holds a category that the job does not"),
         ({"name": "x", "categories": ["1"]}, np.array([1.0, np.nan]), "'x' has missing values"),
     ],

@@ -303,6 +303,7 @@ def sample_report(**changes: Any) -> PrivacyReport:
         unit=PrivacyUnit.RECORD,
         where=None,
         epsilon=2.999,
+        budget_epsilon=2.999,
         delta=1e-5,
         clip_norm=1.0,
         noise_multiplier=2.841,

@@ -72,7 +72,14 @@ class ArraysMisfit(ValueError):
 
 
 class WholeNumberEmbedding(nn.Module):
-    """nn.Embedding for records that arrive as floats."""
+    """nn.Embedding for records that arrive as floats.
+
+    Attributes:
+        clamps: whether a number outside of the table is its nearer end, and NaN the first row. Else it is an IndexError,
+            as torch has it.
+    """
+
+    clamps = False
 
     def __init__(self, layer: Embedding) -> None:
         super().__init__()
@@ -80,6 +87,8 @@ class WholeNumberEmbedding(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """(records, ...) -> (records, ..., dim)."""
+        if self.clamps:
+            values = values.double().nan_to_num(0.0).clamp(0, self.inner.num_embeddings - 1)
         rows: Tensor = self.inner(values.long())
         return rows
 

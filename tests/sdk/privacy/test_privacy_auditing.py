@@ -156,7 +156,7 @@ def test_a_mechanism_that_releases_something_else_is_not_audited() -> None:
 
 @pytest.mark.parametrize("noise_multiplier", [1.0, 2.0, 4.0])
 def test_canaries_see_what_the_noise_leaves_and_no_more(noise_multiplier: float) -> None:
-    """privacy.md, section 4: 4.91 ± 0.57, 2.38 ± 0.48 and 1.38 ± 0.36 at this size; exactly 4.377, 1.993 and 0.926."""
+    """Andrew et al. 2023, as measured elsewhere: 4.91 ± 0.57, 2.38 ± 0.48 and 1.38 ± 0.36 at this size; exactly 4.377, 1.993 and 0.926."""
     exact = analytic_gaussian_epsilon(noise_multiplier, DELTA)
     lattice, variance = grid(DIMENSION, noise_multiplier)
     found = one_shot_canary(central(lattice, variance), canaries(), DELTA, confidence=0.9999)
@@ -179,7 +179,7 @@ def test_canaries_contradict_a_claim_with_half_of_its_noise() -> None:
 
 
 def test_dense_canaries_see_a_bound_on_each_element_that_is_none_on_the_norm() -> None:
-    """privacy.md, section 4: 286 with the clamp and 4.12 without, where 4.38 is true; unit canaries do not see it."""
+    """Measured with another sampler before: 286 with the clamp and 4.12 without, where 4.38 is true; unit canaries do not see it."""
     lattice, variance = grid(DIMENSION, 1.0)
     stream = streams()
 
@@ -203,7 +203,7 @@ def test_dense_canaries_see_a_bound_on_each_element_that_is_none_on_the_norm() -
     ("guesses", "correct", "expected"), [(100, 100, 3.4654), (100, 90, 1.6261), (1000, 550, 0.0940), (1000, 500, 0.0)]
 )
 def test_right_guesses_refute_as_much_as_is_known(guesses: int, correct: int, expected: float) -> None:
-    """privacy.md, section 4: Steinke, Nasr and Jagielski 2023, with 1,000 canaries and delta 1e-5."""
+    """Steinke, Nasr and Jagielski 2023, with 1,000 canaries and delta 1e-5."""
     assert epsilon_lower_bound(1000, guesses, correct, 1e-5) == pytest.approx(expected, abs=1e-4)
 
 
@@ -216,7 +216,7 @@ def test_no_right_guess_refutes_nothing_and_impossible_counts_are_refused() -> N
 
 
 def test_guessing_in_one_run_finds_missing_noise() -> None:
-    """privacy.md, section 4: at least 4.5."""
+    """At least 4.5 for 1,000 canaries."""
     lattice, _ = grid(5000, 1.0)
     found = one_run(central(lattice, 0))
     assert (found.guesses, found.correct) == (900, 900)

@@ -27,12 +27,12 @@ def dp_sgd(probability: float, noise_multiplier: float, steps: int) -> Event:
 @pytest.mark.parametrize(
     ("event", "delta", "published"),
     [
-        # privacy.md, section 5, row 8: TensorFlow Privacy, compute_dp_sgd_privacy_test.
+        # TensorFlow Privacy, compute_dp_sgd_privacy_test.
         (dp_sgd(150 / 60_000, 1.3, 6000), 1e-5, 0.7242234026),
         (dp_sgd(1e-3, 1.0, 30_000), 1e-7, 1.4154988495),
-        # Row 9: Opacus, accountants_test.
+        # Opacus, accountants_test.
         (dp_sgd(0.04, 1.5, 2250), 1e-5, 7.32911117143),
-        # Row 11: dp-accounting 0.6.0 and Opacus, MNIST with batches of 256.
+        # dp-accounting 0.6.0 and Opacus, MNIST with batches of 256.
         (dp_sgd(256 / 60_000, 1.1, 60 * 60_000 // 256), 1e-5, 2.5966),
         (dp_sgd(256 / 60_000, 1.3, 15 * 60_000 // 256), 1e-5, 0.9544),
         (dp_sgd(256 / 60_000, 0.7, 45 * 60_000 // 256), 1e-5, 6.3195),
@@ -205,7 +205,7 @@ def test_a_stored_cost_of_another_grid_or_below_zero_is_refused(nano: tuple[int,
 
 @pytest.mark.parametrize(("steps", "published"), [(2250, 1.4160), (2000, 1.3562)])
 def test_the_noise_found_for_epsilon_eight_is_opacus_or_slightly_more(steps: int, published: float) -> None:
-    """privacy.md, section 5, row 9: Opacus, accountants_test, get_noise_multiplier for 90 epochs and for 2000 steps."""
+    """Opacus, accountants_test, get_noise_multiplier for 90 epochs and for 2000 steps."""
     found = smallest_noise_multiplier(lambda z: Cost.of(dp_sgd(0.04, z, steps), 0), Limit.of(8.0, 1e-5 / 0.99))
     assert published <= found <= published * 1.01
 

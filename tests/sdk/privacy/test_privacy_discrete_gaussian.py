@@ -96,7 +96,7 @@ def theta(variance: int) -> float:
 
 @pytest.mark.parametrize("variance", [1, 2, 4, 64, 100, 1024, 1025, 4095, 4097, 6400, 10**6, 10**8])
 def test_samples_pass_a_chi_squared_test(variance: int) -> None:
-    """privacy.md, section 5, row 15, and both sides of the borders between tables."""
+    """Chi-squared, and both sides of the borders between tables."""
     samples = DiscreteGaussian(variance).sample(DRAWS, Keystream(KEY))
     assert chi_squared_p(samples, variance) > 1e-4
     if variance <= 6400:  # of wider ones the test cannot tell
@@ -128,7 +128,7 @@ def test_the_widest_noise_has_the_right_moments_and_even_low_bits(variance: int)
     [(1, 0.999999788768, 0.398942278267), (4, 4.000000, 0.199471140201)],
 )
 def test_the_variance_and_the_mass_at_zero_are_the_known_ones(variance: int, of_samples: float, at_zero: float) -> None:
-    """privacy.md, section 5, row 12; Canonne, Kamath and Steinke 2020: the variance is at most sigma^2."""
+    """Canonne, Kamath and Steinke 2020: the variance is at most sigma^2."""
     drawn = table_masses(DiscreteGaussian(variance).table)
     assert float(mpmath.fsum(z * z * mass for z, mass in drawn.items())) == pytest.approx(of_samples, abs=1e-10)
     assert float(drawn[0]) == pytest.approx(at_zero, abs=1e-12)

@@ -191,6 +191,8 @@ def test_an_honest_plan_contradicts_nothing() -> None:
         ({"unit": "organization", "where": "local"}, "another unit, place, clip_norm or delta"),
         ({"expected_batch": 0.0}, "no possible batch"),
         ({"epsilon": 0.5}, "not 0.5 as it says"),
+        ({"budget_epsilon": 0.5}, "not 0.5 as it says"),
+        ({"steps_per_round": 9_000_000_000}, "no possible sampling probability or number of steps"),
     ],
 )
 def test_a_plan_that_breaks_the_promise_is_named(change: dict[str, Any], complaint: str) -> None:
@@ -208,5 +210,59 @@ def test_a_plan_where_none_belongs_and_none_where_one_does_are_named() -> None:
 
 def test_less_noise_than_the_job_names_is_named_whatever_epsilon_says() -> None:
     spec = record_job(privacy={"unit": "record", "noise_multiplier": 2.0, "clip_norm": 1.0})
-    forged = planned(spec).model_copy(update={"noise_multiplier": 1.9, "epsilon": 99.0})
+    forged = planned(spec).model_copy(update={"noise_multiplier": 1.9, "epsilon": 99.0, "budget_epsilon": 99.0})
     assert plan_contradictions(spec, forged, 6) == ["The task's noise multiplier is 1.9; the job's is 2."]
+
+
+def test_less_noise_than_the_job_names_for_its_statistics_and_evaluations_is_named() -> None:
+    spec = record_job(
+        data=SCALED,
+        privacy={"unit": "record", "noise_multiplier": 3.0, "clip_norm": 1.0, "statistics_noise_multiplier": 50.0},
+        evaluation={"release": "noised", "noise_multiplier": 60.0},
+    )
+    plan = planned(spec)
+    assert plan_contradictions(spec, plan, 6) == []
+    forged = {"epsilon": 99.0, "budget_epsilon": 99.0}
+    for clause, what in (("statistics", "statistics' noise"), ("evaluation", "evaluations' noise")):
+        weaker = plan.model_copy(update={f"{clause}_noise_multiplier": 20.0, **forged})
+        assert any(f"The task's {what} multiplier is 20" in one for one in plan_contradictions(spec, weaker, 6))
+
+
+@pytest.mark.parametrize(
+    ("privacy", "more", "told"),
+    [
+        ({"epsilon": 0.01, "delta": 1e-12}, {}, "no noise reaches epsilon 0.01 at delta 1e-12"),
+        (
+            {"epsilon": 1.0, "statistics_noise_multiplier": 0.01},
+            {"data": SCALED},
+            "statistics_noise_multiplier more noise",
+        ),
+        ({"noise_multiplier": 0.01}, {}, "more than epsilon 100, which promises nothing"),
+    ],
+)
+def test_what_cannot_be_promised_is_refused_and_never_an_error_of_ours(
+    privacy: dict[str, Any], more: dict[str, Any], told: str
+) -> None:
+    spec = record_job(privacy={"unit": "record", "clip_norm": 1.0, **privacy}, **more)
+    with pytest.raises(PlanImpossible, match=told):
+        plan_of(spec, 300, 6)
+
+
+def test_more_steps_or_draws_than_are_counted_are_refused() -> None:
+    many = record_job(
+        privacy={"unit": "record", "noise_multiplier": 1000.0, "clip_norm": 1.0},
+        training={"optimizer": {"sgd": {"lr": 0.1}}, "batch_size": 1, "epochs": 10_000},
+    )
+    with pytest.raises(PlanImpossible):
+        plan_of(many, 1_000_000, 1_000_000)
+    with pytest.raises(PlanImpossible):
+        plan_of(many, 1_000_000, 6)
+
+
+def test_a_plan_says_what_it_takes_of_a_budget_that_counts_records() -> None:
+    central = sample_spec(
+        privacy={"unit": "organization", "where": "central", "epsilon": 3.0, "clip_norm": 1.0}, strategy=UNIFORM
+    )
+    plan = planned(central)
+    assert plan.epsilon <= 3.0 < plan.budget_epsilon == grant_cost(central, plan, 6, 2, ledger=True).epsilon(1e-6)
+    assert planned(record_job()).budget_epsilon == planned(record_job()).epsilon

@@ -44,7 +44,7 @@ def test_a_gaussian_costs_half_the_order_over_the_squared_multiplier() -> None:
 def test_the_discrete_gaussian_shifted_by_an_integer_diverges_like_the_continuous_one(
     order: int, expected: float
 ) -> None:
-    """privacy.md, section 5, row 13: Canonne, Kamath and Steinke 2020, Theorem 14, for sigma^2 = 100."""
+    """Canonne, Kamath and Steinke 2020, Theorem 14, for sigma^2 = 100."""
     divergence = renyi(discrete_gaussian(100), shifted(discrete_gaussian(100), 1), order)
     assert divergence == pytest.approx(expected, rel=1e-12)
     assert gaussian_rdp(10.0)[ORDERS.index(order)] == pytest.approx(expected, rel=1e-12)
@@ -159,7 +159,7 @@ def test_shares_that_make_no_sense_are_refused(wrong: tuple[Any, ...]) -> None:
 
 
 def test_the_bound_for_skellam_noise_is_the_published_one_and_covers_the_exact_divergence() -> None:
-    """privacy.md, section 5, row 14: Agarwal, Kairouz and Liu 2021, mu = 100, order 2."""
+    """Agarwal, Kairouz and Liu 2021, mu = 100, order 2."""
     bound = skellam_rdp(1, 1, 100)[ORDERS.index(2)]
     assert bound == pytest.approx(0.010225, rel=1e-12)
     pmf = {x: float(ive(abs(x), 100.0)) for x in range(-150, 151)}

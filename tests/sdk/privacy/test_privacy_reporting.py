@@ -21,7 +21,7 @@ MNIST = 256 / 60_000
 
 
 def test_the_closed_form_is_balle_and_wangs() -> None:
-    """privacy.md, section 5, row 10."""
+    """Balle and Wang 2018."""
     assert analytic_gaussian_epsilon(1.0, 1e-5) == pytest.approx(4.377178, abs=1e-6)
     for epsilon, sigma in [(1, 4.2246789), (3, 1.5438614), (10, 0.5410868)]:
         assert analytic_gaussian_epsilon(sigma, 1e-6) == pytest.approx(epsilon, abs=1e-6)
@@ -44,7 +44,7 @@ def test_loss_distributions_agree_with_the_closed_form_where_it_is_exact() -> No
 def test_dp_sgd_on_mnist_has_the_published_epsilons(
     noise_multiplier: float, epochs: int, rdp: float, pld: float
 ) -> None:
-    """privacy.md, section 5, row 11; TensorFlow's tutorial said about 3.0, 1.19 and 7.1 with the older conversion."""
+    """TensorFlow's tutorial said about 3.0, 1.19 and 7.1 with the older conversion."""
     event = Repeated(PoissonGaussianRelease(MNIST, noise_multiplier), epochs * 60_000 // 256)
     assert rdp_epsilon_reference(event, 1e-5) == pytest.approx(rdp, abs=1e-3)
     assert pld_epsilon(event, 1e-5) == pytest.approx(pld, abs=2e-3)

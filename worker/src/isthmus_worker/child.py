@@ -16,6 +16,7 @@ import traceback
 from functools import cache
 from typing import TYPE_CHECKING, BinaryIO, Final
 
+from isthmus.wire.privacy import PrivacyUnit
 from isthmus_worker.contents import content_of
 from isthmus_worker.data import open_source
 from isthmus_worker.messages import (
@@ -32,7 +33,7 @@ from isthmus_worker.messages import (
     Warm,
     Work,
 )
-from isthmus_worker.refusals import DataRefused, ModelRefused, WorkBroken
+from isthmus_worker.refusals import DataRefused, ModelRefused, SchemaRefused, WorkBroken
 
 if TYPE_CHECKING:
     from isthmus_worker.work import Desk
@@ -92,7 +93,11 @@ class Line:
 
 
 def answer_to(order: Work | Describe, line: Line) -> Answer:
-    """Do what is asked. Whatever goes wrong becomes an answer, and no answer for the service quotes data."""
+    """Do what is asked. Whatever goes wrong becomes an answer, and no answer for the service quotes data.
+
+    Under privacy of records a refusal is for what is public already; all else is a failure, of which the agent tells
+    nothing but `UNTOLD`.
+    """
     try:
         if isinstance(order, Describe):
             source = open_source(order.dataset.source)
@@ -100,7 +105,10 @@ def answer_to(order: Work | Describe, line: Line) -> Answer:
             return Described(data_schema=source.schema(), rows=source.rows(), content=content)
         return _desk().perform(order, lambda progress: line.tell(order.number, progress))
     except (DataRefused, ModelRefused) as refusal:
-        return Refusal(reason=refusal.told(_tells_counts(order)), where=refusal.where)
+        reason = refusal.told(_tells_counts(order))
+        if _protects_records(order) and not isinstance(refusal, SchemaRefused | ModelRefused):
+            return Failure(reason=reason, where=refusal.where)
+        return Refusal(reason=reason, where=refusal.where)
     except WorkBroken as broken:
         return Failure(reason=broken.told(_tells_counts(order)), where=broken.where)
     except _Stopped:
@@ -111,6 +119,10 @@ def answer_to(order: Work | Describe, line: Line) -> Answer:
 
 def _tells_counts(order: Work | Describe) -> bool:
     return isinstance(order, Work) and order.tell_counts
+
+
+def _protects_records(order: Work | Describe) -> bool:
+    return isinstance(order, Work) and order.offer.spec.privacy.unit is PrivacyUnit.RECORD
 
 
 @cache

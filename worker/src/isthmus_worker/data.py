@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, cast
 from pydantic import ValidationError
 
 from isthmus.wire.data import ColumnKind, ColumnSchema, DatasetSchema
-from isthmus_worker.refusals import DataRefused
+from isthmus_worker.refusals import DataRefused, SchemaRefused
 from isthmus_worker.settings import CsvSettings, NpzSettings, SourceSettings
 
 if TYPE_CHECKING:  # a worker that only serves CSV files describes them without NumPy
@@ -178,7 +178,7 @@ class CsvSource:
         with self._reading() as (header, records):
             for name in columns:
                 if name not in header:
-                    raise DataRefused(f"The dataset has no column {name!r}.", where=str(self.settings.path))
+                    raise SchemaRefused(f"The dataset has no column {name!r}.", where=str(self.settings.path))
             places = [(header.index(name), loaded[name]) for name in loaded]
             by_name = sorted(range(len(header)), key=header.__getitem__)
             for record in records:

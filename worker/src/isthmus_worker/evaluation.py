@@ -16,6 +16,9 @@ from isthmus_worker.training import as_tensors, loss_of
 _BATCH: Final = 1024
 
 
+_ANY_SEED: Final = 0
+
+
 class NotMeasurable(Exception):
     """The model gives no finite loss here."""
 
@@ -69,3 +72,29 @@ def evaluate(
             if area is not None:
                 found["auc"] = area
     return found
+
+
+def right_answers(model: nn.Module, examples: Examples, data: DataSpec, tell: Callable[[], None]) -> int:
+    """How many records a classifier answers right, each seen by itself.
+
+    Args:
+        model: is put into evaluation mode.
+        examples: the rows.
+        data: of the job.
+        tell: called after every record.
+
+    Guarantees:
+        One record more or less changes the number by 1 at most, whatever the weights are: in a batch the last digits of
+        what is computed for a record depend on how many there are and on where it stands, and where logits are tied
+        such a digit decides. So every record is a batch of its own, in memory of its own, with torch's generator where
+        it was for all others. That takes longer: 20 to 100 microseconds a record for a small model.
+    """
+    model.eval()
+    right = 0
+    with torch.no_grad():
+        inputs, _targets = as_tensors(examples, data.input_shape)
+        for row, target in enumerate(examples.targets.tolist()):
+            torch.manual_seed(_ANY_SEED)
+            right += int(model(inputs[row : row + 1].clone()).numpy().argmax() == target)
+            tell()
+    return right

@@ -2,6 +2,9 @@
 
 Every refusal names the column, and never a value: its text goes to the service. How many records are concerned stays in
 the log, see `isthmus_worker.refusals`.
+
+Under privacy of records a refusal would tell of single ones, so each is read `apart`: what becomes of it is a function
+of that record alone, and nothing that it holds is refused.
 """
 
 import math
@@ -14,7 +17,7 @@ from numpy.typing import NDArray
 
 from isthmus.wire.data import DataSpec, FeatureSpec, FeatureStatistics, Missing
 from isthmus_worker.data import Cell, Column, Table, parse_number
-from isthmus_worker.refusals import DataRefused
+from isthmus_worker.refusals import DataRefused, SchemaRefused
 
 _NUMBERS: Final = "biuf"
 """The kinds of NumPy's types that are numbers."""
@@ -43,7 +46,9 @@ class Examples:
         return Examples(inputs=self.inputs[marks], targets=self.targets[marks])
 
 
-def encode_inputs(table: Table, data: DataSpec, statistics: FeatureStatistics | None) -> NDArray[np.float32]:
+def encode_inputs(
+    table: Table, data: DataSpec, statistics: FeatureStatistics | None, *, apart: bool = False
+) -> NDArray[np.float32]:
     """The input matrix [rows, data.width].
 
     Columns follow the features as listed. A number is one column, (value - mean) / standard deviation of the whole
@@ -54,9 +59,13 @@ def encode_inputs(table: Table, data: DataSpec, statistics: FeatureStatistics | 
     tell whoever chooses mean and variance where the largest value lies. An array enters row by row, divided by the
     feature's `divide_by`.
 
+    With `apart` what cannot be read counts as missing, and what is missing is never refused: a number becomes the
+    federation's mean, or without one the middle of its range, or 0; a category zeros; an element of an array 0.
+
     Raises:
-        DataRefused: a column is missing or holds something else than the job says, or a value is missing or is no
-            listed category where the job refuses that.
+        SchemaRefused: a column is missing, or is of another kind or shape than the job says.
+        DataRefused: a column holds something else than the job says, or a value is missing or is no listed category
+            where the job refuses that; not with `apart`.
     """
     inputs = np.zeros((table.rows, data.width), dtype=np.float32)
     known = _by_name(data, statistics)
@@ -64,15 +73,15 @@ def encode_inputs(table: Table, data: DataSpec, statistics: FeatureStatistics | 
     for feature in data.features:
         own = feature.width - (1 if feature.missing is Missing.INDICATE else 0)
         if feature.shape is not None:
-            _fill_arrays(inputs[:, place : place + own], table, feature, feature.shape)
+            _fill_arrays(inputs[:, place : place + own], table, feature, feature.shape, apart=apart)
             place += own
             continue
         if feature.categories is None:
-            values = number_column(table, feature)
+            values = number_column(table, feature, apart=apart)
             absent = np.isnan(values)
             inputs[:, place] = _saturated(_standardized(values, absent, feature, known.get(feature.name)))
         else:
-            positions = _category_positions(table, feature, feature.categories)
+            positions = _category_positions(table, feature, feature.categories, apart=apart)
             absent = positions < 0
             rows = np.flatnonzero(~absent)
             inputs[rows, place + positions[rows]] = 1.0
@@ -82,20 +91,40 @@ def encode_inputs(table: Table, data: DataSpec, statistics: FeatureStatistics | 
     return inputs
 
 
-def number_column(table: Table, feature: FeatureSpec) -> NDArray[np.float64]:
+def number_column(table: Table, feature: FeatureSpec, *, apart: bool = False) -> NDArray[np.float64]:
     """A column of numbers, NaN where the value is missing; those outside of the feature's range are its nearer end.
 
+    With `apart` words are missing too, and what is missing is not refused.
+
     Raises:
-        DataRefused: there is no such column, it holds words, or values are missing and the job refuses that.
+        SchemaRefused: there is no such column, or it holds arrays.
+        DataRefused: it holds words, or values are missing and the job refuses that; not with `apart`.
     """
-    values, absent = _numbers(_column(table, feature.name))
-    if words := int(np.isnan(values).sum()) - absent:
+    column = _column(table, feature.name)
+    _require_single(column, f"Column {feature.name!r} must hold numbers")
+    values, absent = _numbers(column)
+    words = int(np.isnan(values).sum()) - absent
+    if words and not apart:
         raise DataRefused(
             f"Column {feature.name!r} must hold numbers; some records have something else there.", records=words
         )
-    if absent and feature.missing is Missing.REFUSE:
+    if absent and feature.missing is Missing.REFUSE and not apart:
         raise _missing(feature, absent)
     return values if feature.range is None else np.clip(values, *feature.range)
+
+
+def usable_targets(table: Table, data: DataSpec) -> NDArray[np.bool_]:
+    """Marks the records whose target `encode_targets` takes, each by itself.
+
+    Raises:
+        SchemaRefused: there is no such column, or it holds arrays.
+    """
+    column = _column(table, data.target)
+    _require_single(column, f"The target {data.target!r} must hold one value a record")
+    if data.labels is not None:
+        return _positions(column, data.labels)[0] >= 0
+    values, _absent = _numbers(column)
+    return np.isfinite(_narrow(values)) if data.task == "regression" else _whole(values, data.outputs)
 
 
 def encode_targets(table: Table, data: DataSpec) -> NDArray[Any]:
@@ -113,16 +142,14 @@ def encode_targets(table: Table, data: DataSpec) -> NDArray[Any]:
             raise DataRefused(
                 f"The target {data.target!r} must hold numbers; some records have something else there.", records=words
             )
-        with np.errstate(over="ignore"):
-            narrow = values.astype(np.float32)
+        narrow = _narrow(values)
         if not np.isfinite(narrow).all():
             raise DataRefused(f"The target {data.target!r} holds numbers too large for float32.")
         return narrow.reshape(-1, 1)
     if data.labels is not None:
         classes, expected = values.astype(np.int64), "one of the job's labels"
     else:
-        whole = (values >= 0) & (values < data.outputs) & (values == np.floor(values))  # NaN is none of that
-        classes = np.where(whole, values, -1).astype(np.int64)
+        classes = np.where(_whole(values, data.outputs), values, -1).astype(np.int64)
         expected = f"a whole number from 0 to {data.outputs - 1}"
     if other := int((classes < 0).sum()):
         raise DataRefused(
@@ -148,21 +175,21 @@ def require_enough_rows(training: int, holdout: int, fewest: int, *, exact: bool
     """Refuse a share that would leave single records in one of the parts.
 
     Args:
-        training: records that are trained on or measured.
+        training: records that are trained on or measured; under privacy of records as they were declared.
         holdout: records that are held out; none at all is allowed.
         fewest: the policy's `min_rows`.
         exact: whether numbers about the parts leave as they are.
 
     Raises:
-        DataRefused: too few. The text holds none of the numbers.
+        SchemaRefused: too few. The text holds none of the numbers.
     """
     if training < fewest:
-        raise DataRefused(
+        raise SchemaRefused(
             "min_rows: fewer training records than this worker's policy asks for.",
             where=f"training records: {training}",
         )
     if exact and 0 < holdout < fewest:
-        raise DataRefused(
+        raise SchemaRefused(
             "min_rows: fewer held-out records than this worker's policy asks for where exact numbers leave.",
             where=f"held-out records: {holdout}",
         )
@@ -185,7 +212,22 @@ def _column(table: Table, name: str) -> Column:
     try:
         return table.columns[name]
     except KeyError:
-        raise DataRefused(f"The dataset has no column {name!r}.") from None
+        raise SchemaRefused(f"The dataset has no column {name!r}.") from None
+
+
+def _require_single(column: Column, what: str) -> None:
+    if isinstance(column, np.ndarray) and column.ndim != 1:
+        raise SchemaRefused(f"{what}; it holds arrays.")
+
+
+def _narrow(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
+
+
+def _whole(values: NDArray[np.float64], classes: int) -> NDArray[np.bool_]:
+    marks: NDArray[np.bool_] = (values >= 0) & (values < classes) & (values == np.floor(values))  # NaN is none of that
+    return marks
 
 
 def _number_or_nan(cell: Cell) -> float:
@@ -230,11 +272,13 @@ def cells_of(column: Column) -> Sequence[Cell]:
     return [None if isinstance(cell, float) and math.isnan(cell) else cell for cell in column.tolist()]
 
 
-def _fill_arrays(inputs: NDArray[np.float32], table: Table, feature: FeatureSpec, shape: tuple[int, ...]) -> None:
+def _fill_arrays(
+    inputs: NDArray[np.float32], table: Table, feature: FeatureSpec, shape: tuple[int, ...], *, apart: bool
+) -> None:
     """Write a column of arrays into its place [rows, elements], a block of rows at a time."""
     column = _column(table, feature.name)
     if not isinstance(column, np.ndarray) or column.dtype.kind not in _NUMBERS or column.shape[1:] != shape:
-        raise DataRefused(
+        raise SchemaRefused(
             f"Column {feature.name!r} must hold one array of shape {list(shape)} a record; it holds something else."
         )
     flat = column.reshape(len(column), -1)
@@ -242,19 +286,27 @@ def _fill_arrays(inputs: NDArray[np.float32], table: Table, feature: FeatureSpec
     rows, unfit = max(1, _ELEMENTS_AT_ONCE // flat.shape[1]), 0
     for start in range(0, len(flat), rows):
         block = flat[start : start + rows]
-        unfit += int((~np.isfinite(block).all(axis=1)).sum()) if block.dtype.kind == "f" else 0
+        if block.dtype.kind == "f" and not (finite := np.isfinite(block)).all():
+            unfit += int((~finite.all(axis=1)).sum())
+            block = np.where(finite, block, block.dtype.type(0))
         if block.dtype in _NARROW:
             np.divide(block, divide_by, out=inputs[start : start + rows], dtype=np.float32)
         else:
             with np.errstate(over="ignore"):
                 inputs[start : start + rows] = _saturated(np.divide(block, divide_by, dtype=np.float64))
-    if unfit:
+    if unfit and not apart:
         raise DataRefused(f"Column {feature.name!r} holds NaN or an infinity in some records.", records=unfit)
 
 
-def _category_positions(table: Table, feature: FeatureSpec, categories: tuple[str, ...]) -> NDArray[np.int64]:
-    """For each row, the place of its category among those listed; -1 where the value is missing."""
-    positions, absent = _positions(_column(table, feature.name), categories)
+def _category_positions(
+    table: Table, feature: FeatureSpec, categories: tuple[str, ...], *, apart: bool
+) -> NDArray[np.int64]:
+    """For each row, the place of its category among those listed; below 0 where there is none."""
+    column = _column(table, feature.name)
+    _require_single(column, f"Column {feature.name!r} must hold categories")
+    positions, absent = _positions(column, categories)
+    if apart:
+        return positions
     if unknown := int((positions == -2).sum()):
         raise DataRefused(
             f"Column {feature.name!r} holds a category that the job does not list, in some records.", records=unknown
@@ -285,7 +337,7 @@ def _standardized(
     values: NDArray[np.float64], absent: NDArray[np.bool_], feature: FeatureSpec, known: tuple[float, float] | None
 ) -> NDArray[np.float64]:
     if known is None:
-        return values
+        return np.where(absent, sum(feature.range) / 2 if feature.range is not None else 0.0, values)
     mean, deviation = known
     filled = np.where(absent, mean, values)
     if not feature.standardize:

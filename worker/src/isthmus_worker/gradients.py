@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
-from isthmus_worker.refusals import ModelRefused
+from isthmus_worker.refusals import ModelRefused, WorkBroken
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) -> the loss of each record."""
@@ -162,7 +162,7 @@ class RecordGradients:
             [records, elements] for each of `parameters`; the arrays are the caller's. The loss may be NaN.
 
         Raises:
-            ModelRefused: a parameter has no gradient for each record.
+            WorkBroken: a parameter has no gradient for each record, though it had for made-up ones.
         """
         records = len(inputs)
         size = next(size for size in self._sizes if size >= records * self._apart)
@@ -173,7 +173,10 @@ class RecordGradients:
         filled[taken] = inputs
         wanted[taken] = targets
         losses = self._backward(filled, wanted)
-        found = [self._taken(name, parameter, size)[taken] for name, parameter in self._trained.items()]
+        try:
+            found = [self._taken(name, parameter, size)[taken] for name, parameter in self._trained.items()]
+        except ModelRefused as refusal:
+            raise WorkBroken(str(refusal)) from None
         return found, float(losses[taken].sum())
 
     def try_out(self, targets: Tensor) -> None:

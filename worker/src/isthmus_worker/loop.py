@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from isthmus.client import BadResponse, Client, IsthmusError, NoWork, Refused, TimedOut, Unreachable
+from isthmus.wire.privacy import PrivacyUnit
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import ClaimTask, FailTask, RefuseTask, TaskOffer
 from isthmus_worker.announcements import signed_announcement
@@ -22,6 +23,7 @@ from isthmus_worker.lineage import LineageRefused
 from isthmus_worker.messages import Described, Work
 from isthmus_worker.offers import contradictions, needs_model
 from isthmus_worker.policy import objections, resource_objections
+from isthmus_worker.refusals import UNTOLD
 from isthmus_worker.release import LONGEST_PAUSE_S, HandedIn, ReceiptInvalid, backoff_s, hand_in
 from isthmus_worker.settings import DatasetSettings, Settings, announced_policy
 from isthmus_worker.state import Credentials, StateDir
@@ -215,7 +217,7 @@ class Agent:
         return found + self.journal.ledger_objections(offer, self.settings.policy.max_rounds, account)
 
     def _compute(self, offer: TaskOffer, dataset: DatasetSettings, heart: Heart) -> Release:
-        account = self._accounts[offer.dataset]
+        account, unit = self._accounts[offer.dataset], offer.spec.privacy.unit
         self.trainer.warm()
         model_path = self._model(offer, heart) if needs_model(offer) else None
         draft = self.state.scratch / "upload.safetensors"
@@ -229,9 +231,14 @@ class Agent:
             holdout_key=self.journal.lineages.holdout_key(account.lineage) or self.state.holdout_key().hex(),
             entry_points=self.settings.policy.entry_points,
             min_rows=self.settings.policy.min_rows,
-            tell_counts=self.settings.policy.allow_exact_statistics,
+            tell_counts=self.settings.policy.allow_exact_statistics and unit is PrivacyUnit.NONE,
         )
-        done = self.trainer.work(order, heart.alive, lambda: heart.lost is not None)
+        try:
+            done = self.trainer.work(order, heart.alive, lambda: heart.lost is not None)
+        except WorkFailed as failure:
+            if unit is not PrivacyUnit.RECORD:
+                raise
+            raise WorkFailed(UNTOLD, where=f"{failure} {failure.where}".rstrip()) from failure
         heart.alive(1.0)
         try:
             return self.journal.prepare(

@@ -50,7 +50,7 @@ class Work(_Message):
     min_rows: int
     """Fewest training records, and fewest held-out ones behind numbers that leave as they are."""
     tell_counts: bool
-    """Whether a refusal may tell the service how many records are concerned."""
+    """Whether a refusal may tell the service how many records are concerned; never with a privacy unit."""
 
 
 class Cancel(_Message):

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from isthmus.wire.data import ColumnKind, ColumnSchema, DatasetSchema
 from isthmus_worker.data import FINGERPRINT_BYTES, Table, readable, stamp_of
-from isthmus_worker.refusals import DataRefused
+from isthmus_worker.refusals import DataRefused, SchemaRefused
 from isthmus_worker.settings import NpzSettings
 
 _MB: Final = 1 << 20
@@ -89,7 +89,7 @@ class NpzSource:
             members = self._members(archive)
             for name in columns:
                 if name not in members:
-                    raise DataRefused(f"The dataset has no column {name!r}.", where=str(self.settings.path))
+                    raise SchemaRefused(f"The dataset has no column {name!r}.", where=str(self.settings.path))
             arrays = {name: self._array(archive, members[name]) for name in sorted(members)}
         return Table(columns={name: arrays[name] for name in columns}, fingerprints=fingerprints_of(arrays))
 

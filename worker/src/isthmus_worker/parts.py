@@ -10,7 +10,7 @@ from isthmus.wire.data import FeatureStatistics
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.privacy import PrivacyUnit
 from isthmus_worker.data import Table
-from isthmus_worker.features import Examples, encode_inputs, encode_targets, require_rows, strata
+from isthmus_worker.features import Examples, encode_inputs, encode_targets, require_rows, strata, usable_targets
 from isthmus_worker.splitting import held_out, held_out_apart
 
 
@@ -24,7 +24,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Marked:
-    """All records of a dataset, their targets, and which of them are held out."""
+    """The records of a dataset that have a target, and which of them are held out."""
 
     table: Table
     targets: NDArray[Any]
@@ -34,6 +34,9 @@ class Marked:
 def mark_holdout(table: Table, spec: JobSpec, key: bytes) -> Marked:
     """Decide which records are held out; the same ones for statistics, training and evaluation.
 
+    Under privacy of records each is looked at by itself: one without a target that the job can use takes no part in any
+    of them, and neither such records nor their absence is a reason to refuse.
+
     Args:
         table: the columns that the job reads.
         spec: the job.
@@ -42,12 +45,14 @@ def mark_holdout(table: Table, spec: JobSpec, key: bytes) -> Marked:
     Raises:
         DataRefused: there are no records, or their targets are not what the job wants.
     """
-    require_rows(table)
-    targets = encode_targets(table, spec.data)
     share = spec.evaluation.holdout
     if spec.privacy.unit is PrivacyUnit.RECORD:
-        marks = held_out_apart(table.fingerprints, share, key)
+        usable = usable_targets(table, spec.data)
+        table = table if usable.all() else table.only(np.flatnonzero(usable))
+        targets, marks = encode_targets(table, spec.data), held_out_apart(table.fingerprints, share, key)
     else:
+        require_rows(table)
+        targets = encode_targets(table, spec.data)
         marks = held_out(strata(spec.data, targets), table.fingerprints, share, key)
     return Marked(table=table, targets=targets, holdout=marks)
 
@@ -58,5 +63,7 @@ def split_examples(marked: Marked, spec: JobSpec, statistics: FeatureStatistics 
     Raises:
         DataRefused: a column does not hold what the job wants.
     """
-    examples = Examples(inputs=encode_inputs(marked.table, spec.data, statistics), targets=marked.targets)
+    apart = spec.privacy.unit is PrivacyUnit.RECORD
+    inputs = encode_inputs(marked.table, spec.data, statistics, apart=apart)
+    examples = Examples(inputs=inputs, targets=marked.targets)
     return Split(training=examples.only(~marked.holdout), holdout=examples.only(marked.holdout))

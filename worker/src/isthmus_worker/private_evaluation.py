@@ -1,6 +1,7 @@
 """What may be told of a model's quality under privacy of records: two counts with noise, and nothing that was measured.
 
-A held-out record adds 1 to the records, and 1 to the right answers or nothing: a vector no longer than sqrt(2).
+A held-out record adds 1 to the records, and 1 to the right answers or nothing: a vector no longer than sqrt(2). That
+holds because each is answered by itself, see `isthmus_worker.evaluation.right_answers`.
 """
 
 import math
@@ -8,7 +9,7 @@ from typing import Final
 
 from isthmus.privacy.discrete_gaussian import DiscreteGaussian
 from isthmus.privacy.keystream import Keystream
-from isthmus_worker.scales import finest_scale
+from isthmus.privacy.scales import finest_scale
 
 _FINEST: Final = 1 << 20
 

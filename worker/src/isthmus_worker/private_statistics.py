@@ -20,7 +20,7 @@ from isthmus.wire.rounds import STATISTICS_PREFIX
 from isthmus_worker.data import Table
 from isthmus_worker.features import number_column
 from isthmus_worker.offers import LEAST_VARIANCE
-from isthmus_worker.scales import finest_scale
+from isthmus.privacy.scales import finest_scale
 
 Sums = NDArray[np.int64]
 PER_COLUMN: Final = 3
@@ -44,7 +44,7 @@ def measure_privately(
         would leave of a constant, so that nothing is blown up by it.
 
     Raises:
-        DataRefused: a column does not hold what the job wants.
+        SchemaRefused: a column is missing or holds arrays.
     """
     columns = len(data.numbers())
     scale, variance = finest_scale(noise_multiplier, lambda steps: sensitivity(columns, steps), UPDATE_SCALE)
@@ -66,14 +66,14 @@ def record_sums(table: Table, data: DataSpec, training: NDArray[np.bool_], scale
         One row more or less changes them by a vector of whole numbers of norm `sensitivity` at most.
 
     Raises:
-        DataRefused: a column does not hold what the job wants.
+        SchemaRefused: a column is missing or holds arrays.
     """
     sums = np.zeros(1 + PER_COLUMN * len(data.numbers()), np.int64)
     sums[0] = int(training.sum()) * scale
     for place, feature in enumerate(data.numbers()):
         assert feature.range is not None, "checked by the spec"
         lowest, highest = feature.range
-        values = number_column(table, feature)[training]
+        values = number_column(table, feature, apart=True)[training]
         values = values[~np.isnan(values)]
         shares = np.clip((values - lowest) / (highest - lowest) * 2.0 - 1.0, -1.0, 1.0)
         first = 1 + PER_COLUMN * place

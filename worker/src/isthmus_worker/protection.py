@@ -10,7 +10,7 @@ from isthmus.privacy.clipping import NonFiniteUpdate, clip_by_global_norm
 from isthmus.privacy.keystream import Keystream
 from isthmus.privacy.lattice import UPDATE_SCALE, Lattice
 from isthmus.wire.privacy import NoisePlace, PrivacyPlan, PrivacySpec, PrivacyUnit
-from isthmus_worker.scales import finest_scale
+from isthmus.privacy.scales import finest_scale
 
 
 def protect(

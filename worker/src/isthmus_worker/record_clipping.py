@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from isthmus.privacy.discrete_gaussian import Integers
 from isthmus.privacy.lattice import SAMPLE_SCALE, Lattice
-from isthmus_worker.scales import finest_scale
+from isthmus.privacy.scales import finest_scale
 
 _SHORTER: Final = 1.0 - 2.0**-18
 _SHRINK: Final = 1.0 - 2.0**-20

@@ -1,4 +1,15 @@
-"""Why a task cannot be done, in words that may be sent to the service: they name columns, never a count or a value."""
+"""Why a task cannot be done, in words that may be sent to the service: they name columns, never a count or a value.
+
+Under privacy of records even that is too much: whether there is a reason may hang on one record, and who chooses the
+job chooses the question. So no record is a reason there (see `isthmus_worker.features`): what is refused is refused for
+what is public already (`SchemaRefused`, `ModelRefused`), and whatever breaks all the same is told as `UNTOLD`. That it
+broke is still one bit about the records; that it does not hang on a single one of them is assumed, not proven.
+"""
+
+from typing import Final
+
+UNTOLD: Final = "The task could not be done here; the worker's own log says why."
+"""All that the service hears of work that broke under privacy of records."""
 
 
 class _Told(Exception):
@@ -30,8 +41,12 @@ class DataRefused(_Told):
     """The data cannot serve what is asked: that will not change within the round."""
 
 
+class SchemaRefused(DataRefused):
+    """The same, whatever the records hold: columns, their kinds or the declared number of records do not fit."""
+
+
 class ModelRefused(_Told):
-    """The model cannot be built here."""
+    """The model cannot be built or trained here, whatever the records hold."""
 
 
 class WorkBroken(_Told):

@@ -1,7 +1,6 @@
 """One task, from the records to the bytes that may leave. Runs in the child; the agent only ever sees the result."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from isthmus.codec.errors import CodecError
 from isthmus.codec.header import Header, check_manifest
 from isthmus.federation.cohort import round_seed
 from isthmus.privacy.clipping import NonFiniteUpdate
-from isthmus.torch import ArraysMisfit, UnsupportedTensor, views_of_arrays
+from isthmus.torch import ArraysMisfit, UnsupportedTensor, WholeNumberEmbedding, views_of_arrays
 from isthmus.wire.base import digest_of
 from isthmus.wire.jobs import EvaluationRelease, JobSpec
 from isthmus.wire.manifest import DType, Manifest
@@ -22,7 +21,7 @@ from isthmus.wire.privacy import PrivacyPlan, PrivacyUnit
 from isthmus.wire.rounds import METRICS_PREFIX, STATISTICS_PREFIX, TaskKind, TaskOffer, evaluates_in_round
 from isthmus_worker.data import open_source
 from isthmus_worker.determinism import settle
-from isthmus_worker.evaluation import NotMeasurable, evaluate
+from isthmus_worker.evaluation import NotMeasurable, evaluate, right_answers
 from isthmus_worker.features import Examples, require_enough_rows, require_two_classes
 from isthmus_worker.measuring import measure_columns
 from isthmus_worker.messages import Done, Work
@@ -161,8 +160,10 @@ def local_update(
     Raises:
         DataRefused: the records cannot serve it; not with a privacy unit, where that would tell of them.
         ModelRefused: the model's records cannot be told apart, and the unit is the record.
-        WorkBroken: training diverged. With the record as unit that is seen in the noised steps alone.
+        WorkBroken: training diverged; not with a privacy unit. An update that is NaN or infinite is one of zeros there,
+            clipped and noised as any other.
     """
+    _keep_in_range(model, plan)
     if plan is None:
         require_two_classes(spec.data, np.concatenate([split.training.targets, split.holdout.targets]))
     measures = Measures()
@@ -172,8 +173,15 @@ def local_update(
     loss = _trained(model, split.training, spec, plan, manifest=manifest, seed=seed, tell=tell)
     measures = measures.with_training(loss, len(split.training), told=spec.releases_exact_metrics)
     update = difference(views_of_arrays(model), before, manifest)
-    with _divergence_told():
+    try:
         return protect(update, spec.privacy, plan), measures
+    except NonFiniteUpdate:
+        if plan is None:
+            raise WorkBroken(
+                "Training diverged: the update holds NaN or an infinity. A smaller learning rate helps."
+            ) from None
+    still = {name: np.zeros_like(array) for name, array in update.items()}
+    return protect(still, spec.privacy, plan), measures
 
 
 def _trained(
@@ -194,9 +202,16 @@ def _trained(
         averaged = manifest.averaged().keys()
         return train_privately(model, examples, spec.training, plan, averaged=averaged, record_shape=shape, tell=tell)
     loss = train(model, examples, spec.training, record_shape=shape, seed=seed, tell=tell)
-    if not np.isfinite(loss):
+    if plan is None and not np.isfinite(loss):
         raise WorkBroken("Training diverged: the loss is NaN or infinite. A smaller learning rate helps.")
     return loss
+
+
+def _keep_in_range(model: nn.Module, plan: PrivacyPlan | None) -> None:
+    """With a privacy unit no number is outside of an embedding: an error would tell that some record holds it."""
+    for layer in model.modules():
+        if isinstance(layer, WholeNumberEmbedding):
+            layer.clamps = plan is not None
 
 
 def holdout_measures(
@@ -207,31 +222,22 @@ def holdout_measures(
     Raises:
         WorkBroken: the model has diverged; not with a privacy unit, where that would tell of the records.
     """
-    with _divergence_told():
+    _keep_in_range(model, plan)
+    try:
         found = evaluate(model, examples, spec.data, spec.training.loss, lambda: tell(0.0), strict=plan is None)
+    except NotMeasurable:
+        raise WorkBroken("The model's loss on the held-out records is NaN or infinite: it has diverged.") from None
     told: Mapping[str, float] = {}
     if spec.evaluation_release is EvaluationRelease.EXACT:
         told = found
     elif plan is not None and plan.evaluation_noise_multiplier is not None:
-        right = round(found["accuracy"] * found["examples"])
+        right = right_answers(model, examples, spec.data, lambda: tell(0.0))
         told = noised_quality(len(examples), right, plan.evaluation_noise_multiplier)
     return Measures(_named("holdout", found), _named("holdout", told))
 
 
 def _named(group: str, measures: Mapping[str, float]) -> dict[str, float]:
     return {f"{group}/{name}": value for name, value in measures.items()}
-
-
-@contextmanager
-def _divergence_told() -> Iterator[None]:
-    try:
-        yield
-    except NotMeasurable:
-        raise WorkBroken("The model's loss on the held-out records is NaN or infinite: it has diverged.") from None
-    except NonFiniteUpdate:
-        raise WorkBroken(
-            "Training diverged: the update holds NaN or an infinity. A smaller learning rate helps."
-        ) from None
 
 
 def _seed(offer: TaskOffer) -> str:

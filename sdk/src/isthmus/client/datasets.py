@@ -5,7 +5,7 @@ from uuid import UUID
 
 from isthmus.client._service import Service, segment
 from isthmus.wire.base import Page
-from isthmus.wire.datasets import AnnounceDataset, DatasetView, UsePolicy
+from isthmus.wire.datasets import AnnounceDataset, ConfirmDataset, DatasetView, UsePolicy
 from isthmus.wire.ledger import LedgerEntryView, LedgerPage
 
 
@@ -31,9 +31,14 @@ class Datasets:
         """One dataset."""
         return self._service.ask("GET", f"datasets/{dataset_id}", DatasetView)
 
-    def confirm(self, dataset_id: UUID) -> DatasetView:
-        """A steward confirms that the announced data is the organization's; only then is it asked for in jobs."""
-        return self._service.ask("POST", f"datasets/{dataset_id}/confirm", DatasetView)
+    def confirm(self, dataset_id: UUID, other_records: bool = False) -> DatasetView:
+        """A steward confirms that the announced data is the organization's; only then is it asked for in jobs.
+
+        With `other_records` the budget begins anew. Say so only if these are other records than were announced under
+        this name before, and the worker gave them another lineage.
+        """
+        body = ConfirmDataset(other_records=other_records)
+        return self._service.ask("POST", f"datasets/{dataset_id}/confirm", DatasetView, body)
 
     def retire(self, dataset_id: UUID) -> DatasetView:
         """Take a dataset out of use."""

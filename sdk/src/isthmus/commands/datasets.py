@@ -35,10 +35,24 @@ def show(ctx: typer.Context, dataset: Reference, as_json: Json = False) -> None:
 
 
 @app.command()
-def confirm(ctx: typer.Context, dataset: Reference, as_json: Json = False) -> None:
-    """Confirm that announced data is yours. Only confirmed datasets take part in jobs."""
+def confirm(
+    ctx: typer.Context,
+    dataset: Reference,
+    other_records: Annotated[
+        bool,
+        typer.Option(
+            "--other-records", help="The budget begins anew; only if these are other records than before."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Confirm that announced data is yours. Only confirmed datasets take part in jobs.
+
+    The dataset keeps its budget and what was spent of it, whichever worker serves it now.
+    """
     with connected(ctx) as at:
-        at.show(at.client.datasets.confirm(dataset_id(at.client, dataset)), dataset_text, as_json)
+        found = dataset_id(at.client, dataset)
+        at.show(at.client.datasets.confirm(found, other_records=other_records), dataset_text, as_json)
 
 
 @app.command()

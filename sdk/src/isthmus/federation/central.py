@@ -26,7 +26,8 @@ from isthmus.federation.aggregation import BlockSink, BlockSource, Buffers, chec
 from isthmus.federation.strategies import Block, Strategy
 from isthmus.privacy.discrete_gaussian import Integers, Noise
 from isthmus.privacy.keystream import KEY_BYTES, Keystream
-from isthmus.privacy.lattice import UPDATE_SCALE, Lattice, sum_of_squares, to_lattice, variance_of
+from isthmus.privacy.lattice import UPDATE_SCALE, Lattice, sum_of_squares, to_lattice
+from isthmus.privacy.scales import finest_scale
 from isthmus.wire.manifest import Manifest, TensorSpec, update_manifest
 
 NOISE_BLOCK: Final = 1 << 17
@@ -76,13 +77,13 @@ def aggregate_noised(
         raise ValueError(f"a round's noise key has {KEY_BYTES} bytes, not {len(key)}")
     check_updates(manifest, updates)
     moved = update_manifest(manifest).tensors
-    lattice = lattice_of(manifest, clip_norm)
+    lattice, variance = lattice_of(manifest, clip_norm, noise_multiplier)
     mean = _NoisedMean(
         updates,
         clipping_factors(updates, moved, lattice, threads=threads),
         moved,
         lattice,
-        variance_of(noise_multiplier, lattice.sensitivity),
+        variance,
         key,
     )
     fold(
@@ -98,10 +99,25 @@ def aggregate_noised(
     )
 
 
-def lattice_of(manifest: Manifest, clip_norm: float) -> Lattice:
-    """The grid on which updates of a model are summed: public, and the same for all of them."""
+def lattice_of(manifest: Manifest, clip_norm: float, noise_multiplier: float) -> tuple[Lattice, int]:
+    """The grid on which updates of a model are summed, and the noise's variance there: public, the same for all.
+
+    Args:
+        manifest: the model's.
+        clip_norm: C; finite, > 0.
+        noise_multiplier: z, the noise's standard deviation in units of the sensitivity; > 0.
+
+    Returns:
+        The finest lattice, of `UPDATE_SCALE` steps at most, whose noise can be drawn; and sigma^2 in squared steps.
+
+    Raises:
+        ValueError: no lattice takes so much noise.
+    """
     elements = sum(tensor.elements for tensor in update_manifest(manifest).tensors.values())
-    return Lattice(clip_norm, UPDATE_SCALE, elements)
+    scale, variance = finest_scale(
+        noise_multiplier, lambda steps: Lattice(clip_norm, steps, elements).sensitivity, UPDATE_SCALE
+    )
+    return Lattice(clip_norm, scale, elements), variance
 
 
 def clipping_factors(

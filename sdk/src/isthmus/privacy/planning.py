@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Final
 
 from isthmus.privacy.calibration import smallest_noise_multiplier
-from isthmus.privacy.cost import Cost, Limit
+from isthmus.privacy.cost import MAX_EPSILON, Cost, Limit
 from isthmus.privacy.events import Event, GaussianRelease, PoissonGaussianRelease, Repeated, Together
 from isthmus.wire.base import digest_of
 from isthmus.wire.jobs import EvaluationRelease, JobSpec
@@ -210,6 +210,7 @@ def _planned(_digest: str, hidden: _Hidden, rows: int, elements: int) -> Privacy
             unit=privacy.unit,
             where=privacy.where,
             epsilon=0.0,
+            budget_epsilon=0.0,
             delta=privacy.claimed_delta,
             clip_norm=privacy.clip_norm or 0.0,
             noise_multiplier=training,
@@ -223,23 +224,50 @@ def _planned(_digest: str, hidden: _Hidden, rows: int, elements: int) -> Privacy
     def whole(training: float) -> Cost:
         return grant_cost(spec, with_noise(training), elements, spec.rounds)
 
-    statistics = _given_or_share(privacy.statistics_noise_multiplier, 1, limit) if spec.measures_statistics else None
-    evaluation = (
-        _given_or_share(spec.evaluation.noise_multiplier, _evaluated_rounds(spec) + 1, limit) if noised else None
-    )
-    chosen = privacy.noise_multiplier
-    if chosen is None:
-        assert limit is not None, "the spec has either"
-        try:
+    statistics = evaluation = None  # `with_noise` reads them
+    try:
+        if spec.measures_statistics:
+            statistics = _given_or_share(privacy.statistics_noise_multiplier, 1, limit)
+        if noised:
+            evaluation = _given_or_share(spec.evaluation.noise_multiplier, _evaluated_rounds(spec) + 1, limit)
+        chosen = privacy.noise_multiplier
+        if chosen is None:
+            assert limit is not None, "the spec has either"
             chosen = smallest_noise_multiplier(whole, limit)
-        except ValueError:
-            raise PlanImpossible(
-                f"no noise reaches epsilon {privacy.epsilon:g} at delta {privacy.claimed_delta:g} with "
-                f"{spec.rounds} rounds of {steps} steps over {elements} parameters: raise epsilon or delta, or train "
-                "for fewer rounds or epochs"
-            ) from None
-    plan = with_noise(chosen)
-    return plan.model_copy(update={"epsilon": whole(chosen).epsilon(plan.delta)})
+        plan = with_noise(chosen)
+        epsilon = whole(chosen).epsilon(plan.delta)
+        counted = grant_cost(spec, plan, elements, spec.rounds, ledger=True).epsilon(plan.delta)
+    except ValueError:
+        raise PlanImpossible(_obstacle(spec, steps, elements)) from None
+    if steps > LARGEST_STEPS:
+        raise PlanImpossible(
+            f"a round would have {steps:,} steps; at most {LARGEST_STEPS:,} are counted: larger batches"
+        )
+    if max(epsilon, counted) > MAX_EPSILON:
+        raise PlanImpossible(
+            f"with this noise the job costs more than epsilon {MAX_EPSILON:g}, which promises nothing: more noise, or "
+            "fewer rounds or epochs"
+        )
+    return plan.model_copy(update={"epsilon": epsilon, "budget_epsilon": counted})
+
+
+def _obstacle(spec: JobSpec, steps: int, elements: int) -> str:
+    """Why there is no plan, and what would help."""
+    privacy = spec.privacy
+    given = [
+        name
+        for name, value in (
+            ("privacy.statistics_noise_multiplier", privacy.statistics_noise_multiplier),
+            ("evaluation.noise_multiplier", spec.evaluation.noise_multiplier),
+        )
+        if value is not None
+    ]
+    target = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else "any epsilon"
+    more = f"give {' and '.join(given)} more noise, " if given else ""
+    return (
+        f"no noise reaches {target} at delta {privacy.claimed_delta:g} with {spec.rounds} rounds of {steps} steps over "
+        f"{elements} parameters: {more}raise epsilon or delta, or train for fewer rounds or epochs"
+    )
 
 
 def _given_or_share(given: float | None, times: int, limit: Limit | None) -> float:
@@ -252,7 +280,7 @@ def _given_or_share(given: float | None, times: int, limit: Limit | None) -> flo
     return round(noise + 5e-5, 4)
 
 
-def plan_contradictions(  # noqa: PLR0912 - one line a contradiction
+def plan_contradictions(  # noqa: PLR0911, PLR0912 - one line a contradiction
     spec: JobSpec, plan: PrivacyPlan | None, elements: int
 ) -> list[str]:
     """Why `plan` is not one that keeps the promise of `spec`, one sentence each; empty if it is.
@@ -284,14 +312,24 @@ def plan_contradictions(  # noqa: PLR0912 - one line a contradiction
         found.append("The task's privacy plan has noise for evaluations where there are none, or none where there are.")
     if found:
         return found
-    promised = privacy.noise_multiplier
-    if promised is not None and plan.noise_multiplier < promised:
-        found.append(f"The task's noise multiplier is {plan.noise_multiplier:g}; the job's is {promised:g}.")
-    epsilon = grant_cost(spec, plan, elements, spec.rounds).epsilon(plan.delta)
+    for what, noise, promised in (
+        ("noise", plan.noise_multiplier, privacy.noise_multiplier),
+        ("statistics' noise", plan.statistics_noise_multiplier, privacy.statistics_noise_multiplier),
+        ("evaluations' noise", plan.evaluation_noise_multiplier, spec.evaluation.noise_multiplier),
+    ):
+        if noise is not None and promised is not None and noise < promised:
+            found.append(f"The task's {what} multiplier is {noise:g}; the job's is {promised:g}.")
+    try:
+        epsilon = grant_cost(spec, plan, elements, spec.rounds).epsilon(plan.delta)
+        counted = grant_cost(spec, plan, elements, spec.rounds, ledger=True).epsilon(plan.delta)
+    except ValueError:
+        return [*found, "The task's privacy plan has more steps or parameters than can be accounted for."]
     if privacy.epsilon is not None and epsilon > privacy.epsilon:
         found.append(f"By the task's plan the job costs epsilon {epsilon:.4g}; it promises {privacy.epsilon:g}.")
-    if epsilon > plan.epsilon * (1 + 1e-9):
-        found.append(f"By the task's plan the job costs epsilon {epsilon:.4g}, not {plan.epsilon:.4g} as it says.")
+    for cost, told in ((epsilon, plan.epsilon), (counted, plan.budget_epsilon)):
+        if cost > told * (1 + 1e-9):
+            found.append(f"By the task's plan the job costs epsilon {cost:.4g}, not {told:.4g} as it says.")
+            break
     return found
 
 

@@ -120,10 +120,11 @@ def _claim_objections(policy: UsePolicy, plan: PrivacyPlan | None) -> list[str]:
         return ["budget: the dataset has no privacy budget; its worker's configuration sets one."]
     found = []
     largest = policy.budget.epsilon if policy.max_epsilon is None else min(policy.budget.epsilon, policy.max_epsilon)
-    if plan.epsilon > largest:
+    if plan.budget_epsilon > largest:
+        counted = "" if plan.budget_epsilon == plan.epsilon else ", counted for single records"
         found.append(
-            f"max_epsilon: the job's epsilon at this dataset is {plan.epsilon:.4g}; at most {largest:g} passes (more "
-            "noise, or fewer rounds)."
+            f"max_epsilon: the job's epsilon at this dataset is {plan.budget_epsilon:.4g}{counted}; at most "
+            f"{largest:g} passes (more noise, or fewer rounds)."
         )
     if plan.delta > policy.max_delta:
         found.append(f"max_delta: the job's delta is {plan.delta:g}; at most {policy.max_delta:g} passes.")
@@ -273,6 +274,14 @@ def announcement_bytes(
     )
 
 
+class ConfirmDataset(Request):
+    """A steward says that the announced data is the organization's, and which budget it draws on."""
+
+    other_records: bool = False
+    """Whether these are other records than those that were announced under this name before: then, and only then, the
+    budget begins anew."""
+
+
 class DatasetView(Response):
     """Metadata of data that a worker can read."""
 
@@ -292,7 +301,10 @@ class DatasetView(Response):
     announced_policy: UsePolicy
     """What the worker's own configuration allows."""
     lineage: str
-    """Names the budget; datasets of one lineage share it."""
+    """Names the data, as the worker announced them last."""
+    ledger_lineage: str
+    """The lineage that the ledger began with. Another one than `lineage`: the budget of before was kept, and stays
+    unless a steward confirms the dataset with `other_records`."""
     budget: BudgetView | None
     """Of the organization's own people and workers; others see None."""
     announced_at: datetime

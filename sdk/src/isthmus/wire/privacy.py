@@ -13,10 +13,12 @@ from isthmus.wire.base import Finite, Request, Response
 from isthmus.wire.problems import ProblemCode
 
 LARGEST_EPSILON: Final = 100.0
+SMALLEST_EPSILON: Final = 0.01
+"""Below, no order can promise so little at the usual deltas: nothing would ever fit into such a budget."""
 LARGEST_DELTA: Final = 0.01
 NoiseMultiplier = Annotated[Finite, Field(ge=0.01, le=10_000)]
 """Standard deviation of the noise in units of the sensitivity."""
-Epsilon = Annotated[Finite, Field(gt=0, le=LARGEST_EPSILON)]
+Epsilon = Annotated[Finite, Field(ge=SMALLEST_EPSILON, le=LARGEST_EPSILON)]
 Delta = Annotated[Finite, Field(gt=0, le=LARGEST_DELTA)]
 
 
@@ -148,6 +150,8 @@ class PrivacyPlan(Response):
     where: NoisePlace | None
     epsilon: float
     """What the whole job is claimed to cost here, at `delta`; by RDP of the discrete noise, rounded up."""
+    budget_epsilon: float
+    """What it takes of the dataset's budget, which counts records: more than `epsilon` under `where: central`."""
     delta: float
     clip_norm: float
     noise_multiplier: float

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from isthmus.commands.rendering.text import Cell, fields, printable, table
 from isthmus.wire.data import ColumnSchema
-from isthmus.wire.datasets import Budget, DatasetView
+from isthmus.wire.datasets import Budget, DatasetState, DatasetView
 from isthmus.wire.ledger import BudgetView, LedgerEntryView
 from isthmus.wire.privacy import PrivacyMode
 
@@ -50,7 +50,32 @@ def dataset_text(view: DatasetView) -> Group:
         ]
     )
     budget = [budget_text(view.budget)] if view.budget is not None else []
-    return Group(head, listed, *more, policy_text(view), *budget)
+    return Group(head, listed, *more, policy_text(view), *budget, *_other_lineage(view))
+
+
+def _other_lineage(view: DatasetView) -> list[Text]:
+    """That the worker tells another lineage than the ledger's, and what the steward's answer would do."""
+    if view.lineage == view.ledger_lineage:
+        return []
+    if view.state is DatasetState.CONFIRMED:
+        kept = "The worker announced another lineage than this budget began with; the budget was kept."
+        return [Text(kept, style="yellow")]
+    text = (
+        "The worker does not know these data as the ones that this budget began with: it announced another lineage "
+        f"({view.lineage[:12]}, before {view.ledger_lineage[:12]}). {_spent(view.budget)} `isthmus dataset confirm` "
+        "keeps the budget and what was spent of it; `--other-records` has it begin anew, and is right only if these "
+        "are other records than before."
+    )
+    return [Text(text, style="yellow")]
+
+
+def _spent(budget: BudgetView | None) -> str:
+    """What was spent before, in a sentence."""
+    if budget is None:
+        return "No budget was set before."
+    spent = f"Spent before: epsilon {budget.spent_epsilon:.4g} of {budget.epsilon:g}"
+    released = budget.unaccounted_releases
+    return f"{spent}, and {released} releases of jobs without privacy." if released else f"{spent}."
 
 
 def _kind(column: ColumnSchema) -> str:

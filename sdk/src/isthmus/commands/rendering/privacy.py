@@ -63,7 +63,7 @@ def _datasets(found: Outlook) -> Table:
 
 def _row(one: DatasetOutlook) -> tuple[Cell, ...]:
     if one.plan is None:
-        return (one.name, one.rows, None, None, None, None, Text("out of reach", style="red"), None)
+        return (one.name, one.rows, None, None, None, None, Text("out of reach", style="red"), None, None)
     records = one.plan.unit is PrivacyUnit.RECORD
     return (
         one.name,
@@ -73,6 +73,7 @@ def _row(one: DatasetOutlook) -> tuple[Cell, ...]:
         f"{one.plan.noise_multiplier:g}",
         None if one.step_noise is None else f"{one.step_noise:.3g} of the clip",
         f"{one.plan.epsilon:.4g}",
+        f"{one.plan.budget_epsilon:.4g}",
         one.jobs_in_budget,
     )
 
