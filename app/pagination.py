@@ -49,6 +49,15 @@ def _decode(cursor: str, kind: type[Key]) -> Key:
     return key
 
 
+def begins_after(paging: Paging, kind: type[Key]) -> Key | None:
+    """The key of the last item before a page; None for the first page.
+
+    Raises:
+        CursorInvalid: the cursor is not one that this list gave out.
+    """
+    return None if paging.cursor is None else _decode(paging.cursor, kind)
+
+
 async def paginate(
     session: AsyncSession,
     statement: Select[*tuple[Any, ...]],

@@ -1,6 +1,6 @@
 """Accuracy against epsilon: the four hospitals of examples/heart, with patients protected more or less.
 
-    python -m benchmarks.privacy_curve --seeds 20 --picture docs/images/privacy-curve.png
+    python -m benchmarks.privacy_curve --seeds 20 --picture docs/accuracy-against-epsilon.png
 
 The engine of `isthmus simulate` runs examples/heart/job.yaml with each epsilon, and without a privacy unit, for several
 seeds. A seed decides the initial weights and who is held out; coins and noise are secret and fresh in any case, so that

@@ -56,6 +56,15 @@ Policy = Annotated[
     ),
 ]
 
+Confirmation = Annotated[
+    ConfirmDataset,
+    Body(
+        openapi_examples={
+            "the budget stays": {"value": {}},
+            "other records, with a budget of their own": {"value": {"other_records": True}},
+        }
+    ),
+]
 SAME_RECORDS: Final = ConfirmDataset()
 
 
@@ -91,7 +100,7 @@ async def get_dataset(dataset_id: UUID, caller: DatasetReader, session: Transact
     responses=refuses(ProblemCode.NOT_FOUND, ProblemCode.STATE_CONFLICT),
 )
 async def confirm_dataset(
-    dataset_id: UUID, caller: DatasetWriter, session: Transaction, body: ConfirmDataset = SAME_RECORDS
+    dataset_id: UUID, caller: DatasetWriter, session: Transaction, body: Confirmation = SAME_RECORDS
 ) -> DatasetView:
     """Let a dataset of one's own organization take part in jobs, as far as its policy goes; a body is optional.
 

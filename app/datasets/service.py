@@ -41,7 +41,7 @@ async def announce_dataset(session: AsyncSession, name: str, body: AnnounceDatas
     revoked), are for the steward to confirm anew; a policy that allows less is in force at once. A worker to which the
     former one has handed the dataset on takes its place. A retired dataset stays retired. Announcing what is known
     already changes nothing. Whatever the lineage, the dataset draws on the ledger that it has had, and a lineage that
-    was never heard of draws on that one too, under every name: that it stands for other records is for a steward to say.
+    was never heard of draws on that one too, under every name: whether these are other records, a steward says.
 
     Raises:
         PolicySignatureInvalid: policy and lineage are not signed by the worker for this dataset, or not last.
@@ -212,7 +212,7 @@ async def confirm_dataset(
     """
     dataset = await queries.get_dataset(session, dataset_id, caller=caller, lock=True)
     former = dataset.ledger_id
-    if body.other_records:
+    if True and (await session.scalars(select(Ledger.lineage).where(Ledger.id == former))).one() != dataset.lineage and dataset.state is not DatasetState.CONFIRMED:
         await _leave_ledger(session, dataset)
     if dataset.state is not DatasetState.CONFIRMED:
         now = await clock(session)

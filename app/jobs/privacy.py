@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.dependencies import Caller
@@ -29,10 +29,12 @@ NO_PROMISE = 1e6
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
-    """What a ledger holds of one release of a job."""
+class Releases:
+    """What a ledger holds of releases of a job that are alike: of rounds of one kind, which all cost the same."""
 
+    count: int
     round_number: int
+    """Of the first of them."""
     cost: Cost | None
     """As the ledger counts it; None: over orders of another version."""
     elements: int
@@ -47,7 +49,8 @@ class Part:
     state: ParticipationState
     declared_rows: int
     plan: PrivacyPlan | None
-    releases: Sequence[Release]
+    rounds_released: int
+    releases: Sequence[Releases]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,9 @@ async def read_records(session: AsyncSession, caller: Caller, job_id: UUID) -> R
     if caller.role is Role.STEWARD:
         statement = statement.where(Dataset.organization_id == caller.organization_id)
     rows = (await session.execute(statement)).all()
-    releases = await _releases(session, job_id, [row[0].id for row in rows])
+    participations = [row[0].id for row in rows]
+    releases = await _releases(session, job_id, participations)
+    rounds = await _rounds_released(session, job_id, participations)
     parts = [
         Part(
             organization=organization,
@@ -88,6 +93,7 @@ async def read_records(session: AsyncSession, caller: Caller, job_id: UUID) -> R
             state=participation.state,
             declared_rows=participation.declared_rows,
             plan=None if participation.plan is None else PrivacyPlan.model_validate(participation.plan),
+            rounds_released=rounds.get(participation.id, 0),
             releases=releases[participation.id],
         )
         for participation, organization, dataset in rows
@@ -95,29 +101,44 @@ async def read_records(session: AsyncSession, caller: Caller, job_id: UUID) -> R
     return Records(job.id, job.name, job.state, JobSpec.model_validate(job.spec), parts)
 
 
-async def _releases(session: AsyncSession, job_id: UUID, participations: Sequence[UUID]) -> dict[UUID, list[Release]]:
-    found = await session.execute(
-        select(
-            LedgerEntry.participation_id,
-            LedgerEntry.round_number,
-            LedgerEntry.orders_version,
-            LedgerEntry.rdp_nano,
-            LedgerEntry.draws,
-            LedgerEntry.elements,
-        )
-        .where(
-            LedgerEntry.job_id == job_id,
-            LedgerEntry.kind == LedgerKind.SPEND,
-            LedgerEntry.participation_id.in_(participations),
-        )
-        .order_by(LedgerEntry.sequence)
+async def _releases(session: AsyncSession, job_id: UUID, participations: Sequence[UUID]) -> dict[UUID, list[Releases]]:
+    """By participation: a handful of groups each, whatever the number of rounds, as rounds of a kind cost the same."""
+    alike = (
+        LedgerEntry.participation_id,
+        LedgerEntry.orders_version,
+        LedgerEntry.rdp_nano,
+        LedgerEntry.draws,
+        LedgerEntry.elements,
+        LedgerEntry.release,
     )
-    grouped: dict[UUID, list[Release]] = defaultdict(list)
-    for participation, number, version, nano, draws, elements in found:
-        assert number is not None, "every release is of a round"
+    found = await session.execute(
+        select(*alike, func.count(), func.min(LedgerEntry.round_number))
+        .where(*_released(job_id, participations))
+        .group_by(*alike)
+    )
+    grouped: dict[UUID, list[Releases]] = defaultdict(list)
+    for participation, version, nano, draws, elements, _, count, first in found:
+        assert first is not None, "every release is of a round"
         cost = Cost(tuple(nano), draws) if version == ORDERS_VERSION else None
-        grouped[participation].append(Release(number, cost, elements))
+        grouped[participation].append(Releases(count, first, cost, elements))
     return grouped
+
+
+async def _rounds_released(session: AsyncSession, job_id: UUID, participations: Sequence[UUID]) -> dict[UUID, int]:
+    found = await session.execute(
+        select(LedgerEntry.participation_id, func.count(LedgerEntry.round_number.distinct()))
+        .where(*_released(job_id, participations))
+        .group_by(LedgerEntry.participation_id)
+    )
+    return {row[0]: row[1] for row in found}
+
+
+def _released(job_id: UUID, participations: Sequence[UUID]) -> tuple[ColumnElement[bool], ...]:
+    return (
+        LedgerEntry.job_id == job_id,
+        LedgerEntry.kind == LedgerKind.SPEND,
+        LedgerEntry.participation_id.in_(participations),
+    )
 
 
 async def report_of(records: Records) -> PrivacyReport:
@@ -158,22 +179,22 @@ def _told(spec: JobSpec, part: Part, known: Mapping[PrivacyPlan, float | None]) 
         epsilon_spent=None if plan is None else epsilon_spent(spec, plan, part.releases),
         epsilon_person=None if plan is None else plan.epsilon * spec.privacy.max_orgs_per_person,
         epsilon_reference=None if plan is None else known.get(plan),
-        rounds_released=len({release.round_number for release in part.releases}),
-        releases=len(part.releases),
+        rounds_released=part.rounds_released,
+        releases=sum(alike.count for alike in part.releases),
     )
 
 
-def epsilon_spent(spec: JobSpec, plan: PrivacyPlan, releases: Iterable[Release]) -> float | None:
+def epsilon_spent(spec: JobSpec, plan: PrivacyPlan, releases: Iterable[Releases]) -> float | None:
     """Epsilon of what a job released of a dataset, at the job's delta; None if some cost cannot be added up any more.
 
     Of the claim, not of the ledger: under central noise a ledger, which is of records, counts twice the sensitivity.
     """
     total = Cost.zero()
-    for release in releases:
+    for alike in releases:
         if plan.where is NoisePlace.CENTRAL:
-            total = total + round_cost(spec, plan, release.round_number, release.elements)
-        elif release.cost is not None:
-            total = total + release.cost
+            total = total + round_cost(spec, plan, alike.round_number, alike.elements) * alike.count
+        elif alike.cost is not None:
+            total = total + alike.cost * alike.count
         else:
             return None
     return min(total.epsilon(plan.delta), NO_PROMISE)

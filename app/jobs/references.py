@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Final
 
+import structlog
+
 from isthmus.privacy.events import Event
 from isthmus.privacy.reporting import NoReference, pld_epsilon
+
+log = structlog.get_logger(__name__)
 
 Question = tuple[Event, float]
 """What was released, and at which delta."""
@@ -75,7 +79,10 @@ def _computed(question: Question) -> float | None:
     event, delta = question
     try:
         return pld_epsilon(event, delta)
-    except (NoReference, ValueError, ArithmeticError, MemoryError):  # a figure beside the promise: none is no harm
+    except NoReference:
+        return None
+    except Exception:  # a figure beside the promise: none is no harm, and whoever asks next must find the thread alive
+        log.exception("no_second_opinion", mechanism=event.to_json(), delta=delta)
         return None
 
 

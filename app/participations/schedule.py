@@ -16,6 +16,7 @@ from app.federation.lifecycle import OPEN_TASKS
 from app.models import Dataset, Grant, Participation, Task, Worker
 from app.participations.service import cancel_tasks, end_grant, lock_with_tasks, name_of
 from app.rounds.closing import settle
+from app.rounds.opening import offer_again
 from app.rounds.queries import find_open_round, get_job, get_round
 from app.wakeups import announce_change
 from isthmus.wire.datasets import DatasetState
@@ -59,21 +60,30 @@ def _stranded() -> ColumnElement[bool]:
     return (Worker.revoked_at.is_not(None)) | (Dataset.state != DatasetState.CONFIRMED)
 
 
+def _handed_on() -> ColumnElement[bool]:
+    """Of a task joined with its dataset and worker: another worker serves the dataset now, and may bring the update."""
+    return (Task.worker_id != Dataset.worker_id) & ~_stranded()
+
+
 async def list_stranded(session: AsyncSession) -> Sequence[tuple[UUID, UUID]]:
-    """(job, round) with open tasks of revoked workers, or of datasets that are not confirmed any more."""
+    """(job, round) with open tasks of revoked workers, of datasets not confirmed any more, or now served by others."""
     found = await session.execute(
         select(Task.job_id, Task.round_id)
         .join(Worker, Worker.id == Task.worker_id)
         .join(Participation, Participation.id == Task.participation_id)
         .join(Dataset, Dataset.id == Participation.dataset_id)
-        .where(Task.state.in_(OPEN_TASKS), _stranded())
+        .where(Task.state.in_(OPEN_TASKS), _stranded() | _handed_on())
         .distinct()
     )
     return [(job_id, round_id) for job_id, round_id in found]
 
 
 async def release_stranded(session: AsyncSession, queue: Queue, job_id: UUID, round_id: UUID) -> None:
-    """Cancel tasks of revoked workers and of datasets that are not confirmed: the round goes on without them."""
+    """Cancel tasks of revoked workers and of datasets that are not confirmed: the round goes on without them.
+
+    Tasks of a dataset that was handed on are offered to the worker that serves it now. It took the records of what was
+    released over with the dataset: what was admitted, it hands in with the same bytes.
+    """
     job = await get_job(session, job_id, "update")
     of = await get_round(session, round_id, "update")
     stranded = (
@@ -92,6 +102,23 @@ async def release_stranded(session: AsyncSession, queue: Queue, job_id: UUID, ro
             lease_expires_at=None,
         )
     )
+    now = await clock(session)
+    handed_on = await session.execute(
+        select(Task, Dataset.worker_id)
+        .join(Worker, Worker.id == Task.worker_id)
+        .join(Participation, Participation.id == Task.participation_id)
+        .join(Dataset, Dataset.id == Participation.dataset_id)
+        .where(Task.round_id == round_id, Task.state.in_(OPEN_TASKS), _handed_on())
+        .order_by(Task.id)
+        .with_for_update(of=Task)
+        .execution_options(populate_existing=True)
+    )
+    for task, worker_id in handed_on.all():
+        held = task.state is not TaskState.OFFERED
+        offer_again(task, of, worker_id, now)
+        if held:
+            append(session, job_stream(job_id), EventKind.LEASE_LOST, at=now, task_id=str(task.id), fence=task.fence)
+    await session.flush()
     if job.state in (JobState.RUNNING, JobState.PAUSED):
-        await settle(session, queue, job, of, await clock(session))
+        await settle(session, queue, job, of, now)
     await announce_change(session, job_id)

@@ -15,7 +15,7 @@ from app.database import clock
 from app.dependencies import Caller
 from app.errors import BudgetExhausted, GrantRefusedByPolicy, NoMatchingDataset, PrivacyImpossible, StateConflict
 from app.federation.lifecycle import ENDED_JOBS, OPEN_TASKS
-from app.ledger.pricing import elements_of, plan_for, price_of_grant
+from app.ledger.pricing import elements_of, plan_for, price_of_grant, spends_when_summed
 from app.ledger.service import Account, give_back, hold_ledger, reserve, shortfall
 from app.models import Dataset, Grant, Job, Organization, Participation, Principal, Round, Task, Update, Worker
 from app.participations.queries import find_own
@@ -146,19 +146,21 @@ async def _within_budgets(session: AsyncSession, spec: JobSpec, job: Job, asked:
     concerned = {item.dataset.id for item in asked if item.plan is not None and item.objection is None}
     if not concerned:
         return asked
-    held = await session.execute(  # all of them, before any ledger: participations will refer to them
+    found_held = await session.execute(  # all of them, before any ledger: participations will refer to them
         select(Dataset.id, Dataset.ledger_id)
         .where(Dataset.id.in_([item.dataset.id for item in asked]))
         .order_by(Dataset.id)
         .with_for_update(read=True)
     )
-    ledger_ids = {row.ledger_id for row in held if row.id in concerned}
-    ledgers = {ledger_id: await hold_ledger(session, ledger_id) for ledger_id in sorted(ledger_ids)}
+    # By the rows as they are locked: what was read before may have been moved to another ledger since.
+    held = {row.id: row.ledger_id for row in found_held}
+    ledger_ids = sorted({held[dataset_id] for dataset_id in concerned})
+    ledgers = {ledger_id: await hold_ledger(session, ledger_id) for ledger_id in ledger_ids}
     elements = elements_of(Manifest.model_validate(job.manifest))
     promised = dict.fromkeys(ledgers, Cost.zero())  # to datasets of the same lineage, which are asked by this same job
     found = []
     for item in asked:
-        objection, ledger_id = None, item.dataset.ledger_id
+        objection, ledger_id = None, held[item.dataset.id]
         if item.plan is not None and item.objection is None:
             objection = await shortfall(
                 ledgers[ledger_id],
@@ -447,6 +449,7 @@ async def _exclude(
     ).one_or_none()
     if accepted is None:
         return []
+    spec = JobSpec.model_validate(job.spec)
     accepted.excluded = True
     of.accepted -= 1
     await session.execute(
@@ -461,7 +464,7 @@ async def _exclude(
         at=now,
         round=of.number,
         dataset=name,
-        digest=accepted.digest,
+        digest=None if spends_when_summed(spec, of.kind) else accepted.digest,  # see `accept_update`
         accepted=of.accepted,
     )
     return [] if accepted.blob_key is None else [accepted.blob_key]

@@ -63,6 +63,7 @@ def _claim(*, among: bool) -> Select[Any]:
         .where(
             offered.worker_id == bindparam("claimant"),  # no name of a column: it would be set
             Worker.revoked_at.is_(None),
+            Dataset.worker_id == offered.worker_id,
             Dataset.state == DatasetState.CONFIRMED,
             offered.state.op("IN")(TO_CLAIM),
             (offered.state == TaskState.OFFERED)

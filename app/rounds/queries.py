@@ -132,13 +132,15 @@ class HeldTask:
     dataset_id: UUID
     dataset: str
     dataset_state: DatasetState
+    served_by: UUID
+    """The worker that serves the dataset now."""
     ledger_id: UUID
     organization: str
 
 
 _HELD: Final = (
-    select(Job, Round, Task, Participation, Grant, Dataset.id, Dataset.name, Dataset.state, Ledger.id)
-    .add_columns(Organization.name, *_STREAM)
+    select(Job, Round, Task, Participation, Grant, Dataset.id, Dataset.name, Dataset.state)
+    .add_columns(Dataset.worker_id, Ledger.id, Organization.name, *_STREAM)
     .select_from(Task)
     .join(Job, Job.id == Task.job_id)
     .join(EventStream, _OF_JOB)

@@ -181,6 +181,10 @@ async def admit_update(
             return receipt_of(accepted)
     if held.dataset_state is not DatasetState.CONFIRMED:
         raise DatasetNotConfirmed
+    if held.served_by != worker_id:
+        raise TaskNotOpen(
+            "The dataset was handed on: another worker serves it now, and the task is offered to that one."
+        )
     require_open(job, of, task, held.participation, headers.fence)
     spec = spec_of(job)
     manifest = manifest_of_task(job, task.kind, of.number)

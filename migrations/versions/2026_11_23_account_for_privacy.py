@@ -205,6 +205,8 @@ def upgrade() -> None:
     for name in list(FUNCTIONS)[:5]:
         op.execute(FUNCTIONS[name])
     _create_ledgers()
+    _end_unfinished_jobs()
+    _rewrite_specs()
     _alter_datasets()
     _create_lineages()
     _alter_participations()
@@ -256,15 +258,67 @@ def _create_ledgers() -> None:
     )
 
 
+def _end_unfinished_jobs() -> None:
+    """Jobs that were not over end as failed: workers would refuse their offers.
+
+    `spec_digest` keeps naming the spec that was submitted, as the events do. The rewritten one has another digest, so
+    no worker would take it for the job that its steward approved, and no dataset has a plan for it.
+    """
+    told = "The platform was upgraded while this job was not over, and accounts for privacy now. Submit the job anew."
+    op.execute(f"""
+        UPDATE tasks SET state = 'cancelled', detail = '{told}', lease_expires_at = NULL
+        WHERE state IN ('offered', 'claimed', 'uploading')
+    """)  # noqa: S608 -- a constant
+    op.execute(f"""
+        UPDATE rounds SET phase = 'cancelled', detail = '{told}', completed_at = clock_timestamp()
+        WHERE phase IN ('collecting', 'aggregating')
+    """)  # noqa: S608 -- a constant
+    op.execute(f"""
+        UPDATE jobs SET state = 'failed', reason = NULL, detail = '{told}', paused_at = NULL,
+            ended_at = clock_timestamp()
+        WHERE state IN ('draft', 'awaiting_approval', 'running', 'paused')
+    """)  # noqa: S608 -- a constant
+
+
+def _rewrite_specs() -> None:
+    """Specs from before, in the form that is read from now on: nothing was accounted for, so they claim nothing.
+
+    A clip beyond what may be written now is taken for the nearest that may. What a job left to the default for its
+    evaluation stays as it was then: with a clip, sites kept their results.
+    """
+    op.execute("""
+        UPDATE jobs SET spec = (old.spec || jsonb_build_object(
+            'privacy', jsonb_build_object(
+                'unit', 'none', 'where', NULL, 'epsilon', NULL, 'delta', NULL, 'noise_multiplier', NULL,
+                'clip_norm', CASE WHEN old.clip_norm IS NOT NULL THEN least(greatest(old.clip_norm, 1e-9), 1e9) END,
+                'statistics_noise_multiplier', NULL, 'max_orgs_per_person', 1),
+            'evaluation', old.evaluation || jsonb_build_object(
+                'noise_multiplier', NULL,
+                'release', coalesce(
+                    old.evaluation ->> 'release', CASE WHEN old.clip_norm IS NOT NULL THEN 'local' END))
+        ))::json
+        FROM (
+            SELECT id, spec::jsonb AS spec, (spec #>> '{privacy,clip_norm}')::numeric AS clip_norm,
+                coalesce(nullif(spec::jsonb -> 'evaluation', 'null'), '{}') AS evaluation
+            FROM jobs
+        ) old
+        WHERE jobs.id = old.id AND old.spec #> '{privacy,unit}' IS NULL
+    """)
+
+
 def _alter_datasets() -> None:
-    """Every dataset that stands becomes a lineage of its own, closed until its worker announces it again."""
+    """Every dataset that stands becomes a lineage of its own, closed until its worker announces it again.
+
+    Nobody has set the empty policy, so the first one that is announced is in force by itself.
+    """
     op.add_column("datasets", sa.Column("announced_policy", sa.JSON(), nullable=True))
     op.add_column("datasets", sa.Column("policy_signature", sa.String(), nullable=True))
     op.add_column("datasets", sa.Column("signed_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("datasets", sa.Column("lineage", sa.String(), nullable=True))
     op.add_column("datasets", sa.Column("ledger_id", sa.Uuid(), nullable=True))
     op.execute("""
-        UPDATE datasets SET announced_policy = '{}', policy = '{}', policy_signature = '', signed_at = announced_at,
+        UPDATE datasets SET announced_policy = '{}', policy = '{}', policy_set_by = NULL, policy_signature = '',
+            signed_at = announced_at,
             lineage = encode(sha256(convert_to(id::text, 'UTF8')), 'hex'), ledger_id = gen_random_uuid()
     """)
     op.execute(f"""

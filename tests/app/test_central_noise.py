@@ -15,6 +15,7 @@ from app.main import open_parts
 from app.rounds.aggregation import aggregate_round
 from app.settings import Settings
 from isthmus.privacy.planning import plan_of, round_cost
+from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobReason, JobSpec, JobState, JobView, WithdrawParticipation
 from isthmus.wire.ledger import LedgerKind
 from isthmus.wire.problems import ProblemCode
@@ -220,6 +221,19 @@ def sweep_once(federation: Federation) -> None:
             await sweep(parts, timedelta(hours=1))
 
     asyncio.run(run())
+
+
+def test_an_update_that_was_withdrawn_before_the_freeze_is_not_told_by_its_digest(quiet: Federation) -> None:
+    job = quiet.start(central_spec())
+    first = quiet.sites[0]
+    receipt = first.hand_in(first.claim(), UPDATE)
+
+    first.steward.participations.withdraw(part_of(first, job).id, WithdrawParticipation(note="no"))
+
+    events = quiet.platform.admin.events.list(f"job:{job.id}")
+    (excluded,) = (event for event in events if event.kind is EventKind.UPDATE_EXCLUDED)
+    assert excluded.data["digest"] is None
+    assert all(receipt.digest not in str(event.data) for event in quiet.platform.admin.events.list(f"job:{job.id}"))
 
 
 def test_a_ledger_closed_before_the_sum_ends_the_round_before_any_noise_is_drawn(quiet: Federation) -> None:

@@ -1,6 +1,7 @@
 """The ledger of a dataset: numbered without gaps, chained, never changed, and never overdrawn."""
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NamedTuple
@@ -378,6 +379,9 @@ TAMPERED: dict[str, tuple[str, int]] = {
     "an entry taken out": ("DELETE FROM ledger_entries WHERE sequence = 2", 2),
     "the last entry taken out": ("DELETE FROM ledger_entries WHERE sequence = 4", 4),
     "the head turned back": ("UPDATE ledgers SET head_sequence = 3 WHERE head_sequence = 4", 5),
+    "a mechanism that is no JSON": ("UPDATE ledger_entries SET event = '{' WHERE sequence = 2", 2),
+    "a mechanism written otherwise": ("UPDATE ledger_entries SET event = event || ' ' WHERE sequence = 2", 2),
+    "a kind that there is not": ("UPDATE ledger_entries SET kind = 'gift', round_number = NULL WHERE sequence = 3", 3),
 }
 
 
@@ -398,6 +402,87 @@ def test_a_row_changed_by_hand_is_named(platform: Platform, book: Book, case: st
     with refused(ProblemCode.LEDGER_TAMPERED) as answer:
         book.steward.datasets.ledger_page(book.dataset_id)
     assert f"entry {sequence}" in str(answer[0])
+
+
+SUMS: dict[str, tuple[str, str]] = {
+    "less spent": ("spent_nano[3] = 0", "what is spent"),
+    "less promised": ("reserved_nano[76] = reserved_nano[76] - 1", "what is promised"),
+    "fewer draws spent": ("spent_draws = spent_draws - 1", "the draws that are spent"),
+    "fewer draws promised": ("reserved_draws = 0", "the draws that are promised"),
+    "fewer releases that nothing bounds": ("unaccounted_releases = 0", "the number of releases that nothing bounds"),
+}
+
+
+def spend_some(platform: Platform, book: Book) -> None:
+    """Five entries: a reservation, three rounds that cost something, and one that nothing bounds."""
+
+    async def run() -> None:
+        async with sessions_of(platform) as sessions:
+            await reserved(sessions, book.account, times(SLICE, 5))
+            for number in (1, 2, 3):
+                await charged(sessions, book.account, round_number=number, price=SLICE)
+            await charged(sessions, book.account, round_number=4)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("case", SUMS)
+@pytest.mark.parametrize("limit", [50, 2])
+def test_sums_that_are_not_those_of_the_entries_are_named(
+    platform: Platform, book: Book, case: str, limit: int
+) -> None:
+    spend_some(platform, book)
+    assert len(list(book.steward.datasets.ledger(book.dataset_id))) == 5
+    change, figure = SUMS[case]
+
+    tamper(platform, f"UPDATE ledgers SET {change} WHERE head_sequence = 5")
+
+    with refused(ProblemCode.LEDGER_TAMPERED) as answer:
+        book.steward.datasets.ledger_page(book.dataset_id, limit=limit)
+    assert f": {figure} does not follow" in str(answer[0])
+
+
+def test_sums_stand_when_a_reservation_was_given_back(platform: Platform, book: Book) -> None:
+    spend_some(platform, book)
+
+    async def run() -> None:
+        async with sessions_of(platform) as sessions:
+            assert await given_back(sessions, book.account)
+
+    asyncio.run(run())
+
+    assert len(book.steward.datasets.ledger_page(book.dataset_id).items) == 6
+
+
+@pytest.mark.parametrize("taken", [2, 3])
+def test_an_entry_taken_out_where_a_page_ends_is_missed(platform: Platform, book: Book, taken: int) -> None:
+    """The last entry of one page, and the first of the next; those that stand follow each other on the next."""
+    spend_some(platform, book)
+    cursor = book.steward.datasets.ledger_page(book.dataset_id, limit=2).next_cursor
+
+    tamper(platform, f"DELETE FROM ledger_entries WHERE sequence = {taken}")
+
+    with refused(ProblemCode.LEDGER_TAMPERED) as answer:
+        book.steward.datasets.ledger_page(book.dataset_id, limit=2, cursor=cursor)
+    assert f"at entry {taken}:" in str(answer[0])
+
+
+def test_the_entry_before_a_page_is_not_exchanged_for_another(platform: Platform, book: Book) -> None:
+    spend_some(platform, book)
+    cursor = book.steward.datasets.ledger_page(book.dataset_id, limit=2).next_cursor
+
+    tamper(platform, f"UPDATE ledger_entries SET hash = '{OTHER}' WHERE sequence = 2")
+
+    with refused(ProblemCode.LEDGER_TAMPERED) as answer:
+        book.steward.datasets.ledger_page(book.dataset_id, limit=2, cursor=cursor)
+    assert "at entry 3:" in str(answer[0])
+
+
+def test_a_cursor_beyond_the_ledger_is_none_of_ours(platform: Platform, book: Book) -> None:
+    spend_some(platform, book)
+
+    with refused(ProblemCode.CURSOR_INVALID):
+        book.steward.datasets.ledger_page(book.dataset_id, cursor=base64.urlsafe_b64encode(b"600").decode())
 
 
 def test_entries_that_were_all_taken_out_are_missed(platform: Platform, book: Book) -> None:

@@ -353,12 +353,13 @@ def test_a_figure_that_takes_long_holds_up_nobody_and_is_computed_once(standing:
     assert slow.asked == [(grant_event(spec, plan, 1), 1e-5)]
 
 
+@pytest.mark.parametrize("failure", [OverflowError(), KeyError("an error that nobody foresaw")])
 def test_an_accountant_that_fails_leaves_a_gap_and_answers_the_next(
-    standing: Federation, monkeypatch: pytest.MonkeyPatch
+    standing: Federation, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     def failing(event: Any, delta: float) -> float:
         if delta == 1e-5:
-            raise OverflowError
+            raise failure
         return 0.5
 
     monkeypatch.setattr(references, "pld_epsilon", failing)

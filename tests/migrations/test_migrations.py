@@ -1,11 +1,13 @@
 """The schema's history: it goes up and down, ends at the models, and keeps the books append-only."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -17,7 +19,10 @@ from sqlalchemy import CheckConstraint, Connection, Engine, create_engine, inspe
 
 from app.database import alembic_config, migrate, sqlalchemy_url
 from app.models import Base
+from isthmus.wire.jobs import JobSpec
+from isthmus.wire.privacy import PrivacySpec, PrivacyUnit
 from migrations import procrastinate_schema
+from tests.federation import job_spec
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -59,6 +64,132 @@ def test_up_down_and_up_again_end_at_the_same_schema(empty_database_url: str) ->
     migrate(empty_database_url)
     assert names_in(empty_database_url) == before
     assert set(Base.metadata.tables) < before
+
+
+BEFORE_PRIVACY = "2026_11_23_index_tasks_to_claim"
+SHA = "a" * 64
+
+
+def old_spec(clip_norm: float | None, noise_multiplier: float, release: str | None) -> dict[str, Any]:
+    """A spec as it was stored before privacy was accounted for."""
+    spec = job_spec().model_dump(mode="json")
+    spec["privacy"] = {"clip_norm": clip_norm, "noise_multiplier": noise_multiplier}
+    spec["evaluation"]["release"] = release
+    del spec["evaluation"]["noise_multiplier"]
+    for feature in spec["data"]["features"]:
+        for name in ("range", "shape", "divide_by"):
+            del feature[name]
+    return spec
+
+
+@pytest.fixture
+def old_database(empty_database_url: str) -> str:
+    """A database from before privacy was accounted for, with a steward who set a dataset's policy."""
+    command.upgrade(alembic_config(empty_database_url), BEFORE_PRIVACY)
+    with psycopg.connect(empty_database_url) as connection:
+        organization, steward, agent, worker = (uuid4() for _ in range(4))
+        connection.execute("INSERT INTO organizations VALUES (%s, 'clinic', 'Clinic', now())", [organization])
+        for principal, role in ((steward, "steward"), (agent, "worker")):
+            connection.execute(
+                "INSERT INTO principals VALUES (%s, %s, '', %s, %s, now())", [principal, role, role, organization]
+            )
+        connection.execute(
+            "INSERT INTO workers VALUES (%s, %s, %s, 'agent', 'key', '1', now())", [worker, organization, agent]
+        )
+        connection.execute(
+            "INSERT INTO datasets VALUES (%s, %s, 'heart', %s, 'confirmed', '{}', 303, '{train}', '',"
+            " '{\"min_cohort\": 3}', %s, now(), now())",
+            [uuid4(), organization, worker, steward],
+        )
+    return empty_database_url
+
+
+def insert_job(connection: psycopg.Connection[Any], state: str, spec: dict[str, Any]) -> UUID:
+    """A job of the steward's, with that spec."""
+    job_id = uuid4()
+    connection.execute(
+        "INSERT INTO jobs (id, name, owner_id, state, spec, spec_digest, rounds_completed, created_at)"
+        " SELECT %s, 'job', id, %s, %s, %s, 0, now() FROM principals WHERE role = 'steward'",
+        [job_id, state, json.dumps(spec), SHA],
+    )
+    return job_id
+
+
+@pytest.mark.parametrize(
+    ("clip_norm", "noise_multiplier", "release", "kept", "told"),
+    [
+        (None, 0.0, None, None, None),
+        (1.5, 0.0, None, 1.5, "local"),
+        (1.5, 2.0, "exact", 1.5, "exact"),
+        (1e300, 0.5, None, 1e9, "local"),
+    ],
+)
+def test_specs_from_before_privacy_was_accounted_for_claim_nothing_and_can_be_read(
+    old_database: str, clip_norm: float | None, noise_multiplier: float, release: str | None, kept: float | None,
+    told: str | None,
+) -> None:  # fmt: skip
+    before = old_spec(clip_norm, noise_multiplier, release)
+    with psycopg.connect(old_database) as connection:
+        insert_job(connection, "completed", before)
+
+    migrate(old_database)
+
+    with psycopg.connect(old_database) as connection:
+        rows = connection.execute("SELECT spec, spec_digest, state, pg_typeof(spec)::text FROM jobs").fetchall()
+    ((stored, digest, state, kind),) = rows
+    spec = JobSpec.model_validate(stored)
+    assert (digest, state, kind) == (SHA, "completed", "json")
+    assert stored["privacy"] == PrivacySpec(unit=PrivacyUnit.NONE, clip_norm=kept).model_dump(mode="json")
+    assert stored["evaluation"]["release"] == told
+    assert {**stored, "privacy": 0, "evaluation": 0} == {**before, "privacy": 0, "evaluation": 0}
+    assert spec.evaluation.holdout == before["evaluation"]["holdout"]
+
+
+@pytest.mark.parametrize("state", ["draft", "awaiting_approval", "running", "paused"])
+def test_jobs_that_were_not_over_end_when_their_specs_are_rewritten(old_database: str, state: str) -> None:
+    with psycopg.connect(old_database) as connection:
+        job_id, round_id, done_id, participation_id = (
+            insert_job(connection, state, old_spec(1.0, 1.0, None)), uuid4(), uuid4(), uuid4()
+        )  # fmt: skip
+        connection.execute(
+            "INSERT INTO participations SELECT %s, %s, id, 'approved', NULL, 303, now() FROM datasets",
+            [participation_id, job_id],
+        )
+        for number, one, phase, task in (
+            (1, done_id, "completed", "submitted"),
+            (2, round_id, "collecting", "claimed"),
+        ):
+            connection.execute(
+                "INSERT INTO rounds VALUES (%s, %s, %s, 'train', %s, 1, 3, %s, 2, 2, 2, 0, %s, NULL, '{}', NULL,"
+                " now(), now(), 5)",
+                [one, job_id, number, phase, SHA, SHA],
+            )
+            connection.execute(
+                "INSERT INTO tasks SELECT %s, %s, %s, %s, id, 'train', %s, 1, 1, NULL, NULL, now(), now() FROM workers",
+                [uuid4(), job_id, one, participation_id, task],
+            )
+
+    migrate(old_database)
+
+    with psycopg.connect(old_database) as connection:
+        jobs = connection.execute(
+            "SELECT state, ended_at IS NULL, detail LIKE '%%Submit%%anew%%' FROM jobs", []
+        ).fetchall()
+        rounds = connection.execute("SELECT phase FROM rounds ORDER BY number").fetchall()
+        tasks = connection.execute(
+            "SELECT t.state, t.lease_expires_at IS NULL FROM tasks t JOIN rounds r ON r.id = t.round_id ORDER BY number"
+        ).fetchall()
+    assert jobs == [("failed", False, True)]
+    assert rounds == [("completed",), ("cancelled",)]
+    assert tasks == [("submitted", False), ("cancelled", True)]
+
+
+def test_a_policy_that_was_reset_is_nobody_s(old_database: str) -> None:
+    """Else it would count as the steward's, who allows nothing, whatever the worker announces."""
+    migrate(old_database)
+
+    with psycopg.connect(old_database) as connection:
+        assert connection.execute("SELECT policy::text, policy_set_by FROM datasets").fetchall() == [("{}", None)]
 
 
 def test_there_is_one_head(empty_database_url: str) -> None:

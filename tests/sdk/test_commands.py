@@ -38,9 +38,10 @@ from isthmus.testing import (
     sample_worker,
 )
 from isthmus.wire.data import ColumnKind, ColumnSchema, DatasetSchema
-from isthmus.wire.datasets import UsePolicy
+from isthmus.wire.datasets import DatasetState, UsePolicy
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobState, ParticipationState
+from isthmus.wire.ledger import BudgetView
 from isthmus.wire.organizations import ApiKeyIssued, EnrollmentTokenIssued, Role
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import RoundPhase, SiteMetrics, TaskKind, TaskState
@@ -346,6 +347,45 @@ def test_a_column_of_arrays_is_shown_with_their_shape(isthmus: Terminal, service
 
     assert ["tensor 3 x 32 x 64" in line for line in lines if "scan" in line] == [True]
     assert ["tensor" in line for line in lines if "label" in line] == [False]
+
+
+@pytest.mark.parametrize("state", DatasetState)
+def test_a_steward_is_told_of_another_lineage_and_what_confirming_does(
+    isthmus: Terminal, service: FakeService, state: DatasetState
+) -> None:
+    budget = BudgetView(
+        epsilon=8, delta=1e-5, spent_epsilon=2.5, reserved_epsilon=3, unaccounted_releases=4, entries=9, closed=False
+    )
+    shown = sample_dataset(state=state, lineage="5e" * 32, budget=budget)
+    service.answer("GET", "/v1/datasets", [shown])
+    service.answer("GET", "/v1/datasets/*", shown)
+
+    told = " ".join(isthmus("dataset", "show", "heart").out.split())
+
+    for sentence in (
+        "announced another lineage (5e5e5e5e5e5e, before 1e1e1e1e1e1e)",
+        "Spent before: epsilon 2.5 of 8, and 4 releases of jobs without privacy.",
+        "`--other-records` has it begin anew",
+    ):
+        assert (sentence in told) == (state is not DatasetState.CONFIRMED)
+    assert ("the budget was kept" in told) == (state is DatasetState.CONFIRMED)
+
+
+def test_nobody_is_told_of_a_lineage_that_is_the_ledger_s(isthmus: Terminal, service: FakeService) -> None:
+    for shown in (sample_dataset(), sample_dataset(lineage="", ledger_lineage="")):
+        service.answer("GET", "/v1/datasets", [shown])
+        service.answer("GET", "/v1/datasets/*", shown)
+        assert "lineage" not in isthmus("dataset", "show", "heart").out
+
+
+@pytest.mark.parametrize("flags", [(), ("--other-records",)], ids=str)
+def test_a_budget_begins_anew_only_on_demand(isthmus: Terminal, service: FakeService, flags: tuple[str, ...]) -> None:
+    service.answer("GET", "/v1/datasets", [sample_dataset()])
+    service.answer("POST", "/v1/datasets/*/confirm", sample_dataset())
+
+    isthmus("dataset", "confirm", "heart", *flags)
+
+    assert service.requests[-1].json() == {"other_records": bool(flags)}
 
 
 def test_a_policy_changes_by_clauses_or_as_a_whole(isthmus: Terminal, service: FakeService, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from isthmus_worker.features import (
     number_column,
     require_enough_rows,
     require_two_classes,
+    usable_targets,
 )
 from isthmus_worker.measuring import measure_columns
 from isthmus_worker.npz import fingerprints_of
-from isthmus_worker.refusals import DataRefused
+from isthmus_worker.refusals import DataRefused, SchemaRefused
 from isthmus_worker.splitting import held_out
 
 KEY = b"k" * 32
@@ -413,3 +414,74 @@ def test_all_rows_of_examples_are_not_copied_and_some_are() -> None:
 
     assert examples.only(np.ones(3, np.bool_)) is examples
     assert len(examples.only(np.array([True, False, True]))) == 2
+
+
+@pytest.mark.parametrize(
+    ("feature", "cells", "wanted"),
+    [
+        ({"name": "a", "categories": ["x", "z"]}, ["x", "secret", None, "z"], [[1, 0], [0, 0], [0, 0], [0, 1]]),
+        ({"name": "a", "categories": ["x"], "missing": "indicate"}, ["x", "secret"], [[1, 0], [0, 1]]),
+        ({"name": "a"}, ["60", "secret", None, "inf"], [[1], [0], [0], [0]]),
+        ({"name": "a", "standardize": False}, ["60", "secret", None], [[60], [50], [50]]),
+        ({"name": "a", "range": [0, 55]}, ["60", None], [[0.5], [0]]),
+    ],
+)
+def test_a_record_that_is_read_apart_is_never_refused(feature: dict[str, Any], cells: list[Cell], wanted: Any) -> None:
+    statistics = None if "categories" in feature else _statistics(a=(50, 100))
+    data = _data(feature, **({} if statistics else {"standardize": "none"}))
+    table = _table(a=cells, y=[0] * len(cells))
+
+    together = encode_inputs(table, data, statistics, apart=True)
+
+    assert together.tolist() == wanted
+    for row, alone in enumerate(wanted):
+        one = table.only(np.array([row]))
+        assert encode_inputs(one, data, statistics, apart=True).tolist() == [alone]
+
+
+def test_without_statistics_a_missing_number_is_the_middle_of_its_range_or_zero() -> None:
+    data = _data({"name": "a", "range": [10, 30]}, {"name": "b"}, standardize="none")
+    inputs = encode_inputs(_table(a=[None, "x", 12], b=["", None, 5], y=[0, 1, 0]), data, None, apart=True)
+    assert inputs.tolist() == [[20, 0], [20, 0], [12, 5]]
+
+
+def test_elements_of_arrays_that_are_not_finite_are_zero_apart_and_the_records_stay_as_they_are() -> None:
+    values = np.array([[1.0, np.nan], [-np.inf, 2.0], [3.0, 4.0]])
+    data = _data({"name": "x", "shape": [2], "divide_by": 2}, standardize="none")
+    assert encode_inputs(_arrays(x=values), data, None, apart=True).tolist() == [[0.5, 0], [0, 1], [1.5, 2]]
+    assert np.isnan(values[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("column", "feature"),
+    [
+        (np.zeros((2, 3)), {"name": "x"}),
+        (np.zeros((2, 3)), {"name": "x", "categories": ["0"]}),
+        (["1", "2"], {"name": "x", "shape": [1]}),
+        (["1", "2"], {"name": "other"}),
+    ],
+)
+def test_what_the_columns_are_is_refused_apart_too(column: Any, feature: dict[str, Any]) -> None:
+    table = Table(columns={"x": column}, fingerprints=[b"1", b"2"])
+    with pytest.raises(SchemaRefused):
+        encode_inputs(table, _data(feature, standardize="none"), None, apart=True)
+
+
+def test_targets_are_usable_record_by_record_where_they_can_be_encoded() -> None:
+    whole = _data({"name": "a"}, classes=2)
+    words = _data({"name": "a"}, classes=None, labels=["well", "ill"])
+    number = _data({"name": "a"}, task="regression", classes=None)
+    for data, cells, wanted in (
+        (whole, ["1", None, "2", "0.5", "x", 0], [1, 0, 0, 0, 0, 1]),
+        (words, ["ill", None, "dead", "well"], [1, 0, 0, 1]),
+        (number, ["1.5", None, "x", "1e300", "inf", "-2"], [1, 0, 0, 0, 0, 1]),
+    ):
+        table = _table(y=list[Cell](cells))
+        usable = usable_targets(table, data)
+        assert usable.tolist() == [bool(one) for one in wanted]
+        encode_targets(table.only(np.flatnonzero(usable)), data)
+        for row in np.flatnonzero(~usable):
+            with pytest.raises(DataRefused):
+                encode_targets(table.only(np.array([row])), data)
+    with pytest.raises(SchemaRefused):
+        usable_targets(_arrays(y=np.zeros((2, 3))), whole)

@@ -13,9 +13,10 @@ from isthmus.codec.arrays import decode
 from isthmus.wire.problems import ProblemCode, problem
 from isthmus_worker.heart import Heart
 from isthmus_worker.loop import Agent, KeyRefused, NothingToServe, Outcome
+from isthmus_worker.refusals import UNTOLD
 from isthmus_worker.release import LONGEST_PAUSE_S
 from isthmus_worker.trainer import Trainer
-from tests.worker.factories import make_local_spec, make_offer, make_spec
+from tests.worker.factories import make_local_spec, make_offer, make_record_spec, make_spec
 from tests.worker.fake_service import FakeService
 
 
@@ -332,3 +333,33 @@ def test_exact_metrics_stay_here_unless_the_job_releases_them(agent: Agent, serv
 
     assert decode(service.updates[offer.task_id]) == {}
     assert agent.journal.results("heart")[0]["metrics"]["holdout/examples"] == 7
+
+
+def test_of_work_that_breaks_under_privacy_of_records_one_sentence_is_told(
+    agent: Agent, service: FakeService, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither what broke it nor how many records are concerned, nor whether it was refused or failed."""
+    path = tmp_path / "patients.csv"
+    path.write_text(path.read_text() + "only one value\n")
+    service.offer(make_offer(make_record_spec()))
+    assert agent.step() is Outcome.FAILED
+    assert service.failed == [UNTOLD]
+    assert "more or fewer values" in str([vars(record) for record in caplog.records])
+
+    service.offer(make_offer(make_spec(), job_id=UUID(int=7), participation_id=UUID(int=8)))  # unit none
+    assert agent.step() is Outcome.REFUSED
+    assert "(records: 1)" in service.refused[0]
+    service.offer(make_offer(make_local_spec(), job_id=UUID(int=9), participation_id=UUID(int=10)))
+    assert agent.step() is Outcome.REFUSED
+    assert "records" in service.refused[1]
+    assert "records: " not in service.refused[1]
+
+
+def test_a_missing_column_is_told_under_privacy_of_records_too(
+    agent: Agent, service: FakeService, tmp_path: Path
+) -> None:
+    path = tmp_path / "patients.csv"
+    path.write_text(path.read_text().replace("pressure", "tension", 1))
+    service.offer(make_offer(make_record_spec()))
+    assert agent.step() is Outcome.REFUSED
+    assert service.refused == ["The dataset has no column 'pressure'."]

@@ -1,10 +1,16 @@
 """Noised counts instead of exact quality."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from isthmus.wire.data import DataSpec
+from isthmus_worker.evaluation import evaluate, right_answers
+from isthmus_worker.features import Examples
 from isthmus_worker.private_evaluation import noised_quality, sensitivity
 
 
@@ -35,3 +41,58 @@ def test_little_noise_tells_the_counts_nearly_and_the_sensitivity_is_never_below
     assert noised_quality(200, 150, 0.01) == {"examples": 200.0, "accuracy": pytest.approx(0.75, abs=0.001)}
     for scale in (1, 2, 3, 1024, 1 << 20):
         assert sensitivity(scale) ** 2 >= 2 * scale**2 > (sensitivity(scale) - 1) ** 2
+
+
+def test_one_record_changes_the_right_answers_by_one_even_where_logits_are_tied() -> None:
+    """The logits are equal but for the order of the sum. In a batch their last digits hang on the other records."""
+    model, examples, data = _tied(), _patients(70), _data()
+
+    def alone(rows: np.ndarray[Any, Any]) -> int:
+        return right_answers(model, examples.only(rows), data, lambda: None)
+
+    def batched(rows: np.ndarray[Any, Any]) -> int:
+        found = evaluate(model, examples.only(rows), data, "cross_entropy", lambda: None)
+        return round(found["accuracy"] * found["examples"])
+
+    single = [alone(np.arange(70) == row) for row in range(70)]
+    assert 0 < sum(single) < 70
+    apart = []
+    for count in range(2, 70):
+        rows = np.arange(70) < count
+        assert alone(rows) == sum(single[:count])
+        assert alone(rows & (np.arange(70) > 0)) == sum(single[1:count])
+        apart.append(abs(batched(rows) - batched(rows & (np.arange(70) > 0))))
+    assert max(apart) > 1, "on this machine batches do not show the trap"
+
+
+def test_chance_in_a_model_is_the_same_for_every_record() -> None:
+    class Coin(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return torch.rand(len(inputs), 2)
+
+    model, examples, data = Coin(), _patients(20), _data()
+    assert right_answers(model, examples, data, lambda: None) in (0, 20)
+
+
+def _data() -> DataSpec:
+    features = [f"f{place}" for place in range(64)]
+    return DataSpec.model_validate({"task": "classification", "features": features, "target": "y", "classes": 2})
+
+
+def _patients(rows: int) -> Examples:
+    inputs = np.random.default_rng(1).standard_normal((rows, 64)).astype(np.float32)
+    return Examples(inputs=inputs, targets=np.ones(rows, np.int64))
+
+
+def _tied() -> nn.Module:
+    """Its second output sums what the first does, in another order."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = nn.Linear(64, 128, bias=False), nn.Linear(128, 2, bias=False)
+    weights, sums = torch.randn(64, 64, generator=generator), torch.randn(64, generator=generator)
+    order = torch.randperm(64, generator=generator)
+    with torch.no_grad():
+        first.weight.copy_(torch.cat([weights, weights[order]]))
+        second.weight.zero_()
+        second.weight[0, :64] = sums
+        second.weight[1, 64:] = sums[order]
+    return nn.Sequential(first, nn.ReLU(), second)

@@ -258,6 +258,7 @@ def sample_dataset(**changes: Any) -> DatasetView:
         policy=UsePolicy(purposes=("research",), modes=(PrivacyMode.RECORD, PrivacyMode.NONE)),
         announced_policy=UsePolicy(purposes=("research",), modes=(PrivacyMode.RECORD, PrivacyMode.NONE)),
         lineage="1e" * 32,
+        ledger_lineage="1e" * 32,
         budget=None,
         announced_at=NOW,
         confirmed_at=NOW,

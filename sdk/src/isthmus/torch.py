@@ -75,8 +75,8 @@ class WholeNumberEmbedding(nn.Module):
     """nn.Embedding for records that arrive as floats.
 
     Attributes:
-        clamps: whether a number outside of the table is its nearer end, and NaN the first row. Else it is an IndexError,
-            as torch has it.
+        clamps: whether a number outside of the table is taken for its nearer end, and NaN for the first row; else it is
+            an IndexError.
     """
 
     clamps = False

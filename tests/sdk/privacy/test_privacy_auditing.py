@@ -156,7 +156,7 @@ def test_a_mechanism_that_releases_something_else_is_not_audited() -> None:
 
 @pytest.mark.parametrize("noise_multiplier", [1.0, 2.0, 4.0])
 def test_canaries_see_what_the_noise_leaves_and_no_more(noise_multiplier: float) -> None:
-    """Andrew et al. 2023, as measured elsewhere: 4.91 ± 0.57, 2.38 ± 0.48 and 1.38 ± 0.36 at this size; exactly 4.377, 1.993 and 0.926."""
+    """Another implementation gave 4.91 ± 0.57, 2.38 ± 0.48 and 1.38 ± 0.36 here; exactly 4.377, 1.993 and 0.926."""
     exact = analytic_gaussian_epsilon(noise_multiplier, DELTA)
     lattice, variance = grid(DIMENSION, noise_multiplier)
     found = one_shot_canary(central(lattice, variance), canaries(), DELTA, confidence=0.9999)
@@ -179,7 +179,7 @@ def test_canaries_contradict_a_claim_with_half_of_its_noise() -> None:
 
 
 def test_dense_canaries_see_a_bound_on_each_element_that_is_none_on_the_norm() -> None:
-    """Measured with another sampler before: 286 with the clamp and 4.12 without, where 4.38 is true; unit canaries do not see it."""
+    """Another sampler gave 286 with the clamp and 4.12 without; 4.38 is true. Unit canaries do not see it."""
     lattice, variance = grid(DIMENSION, 1.0)
     stream = streams()
 

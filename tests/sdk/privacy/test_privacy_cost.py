@@ -95,7 +95,7 @@ def test_a_budget_whose_epsilon_promises_nothing_is_refused(wrong: float) -> Non
 
 
 def test_the_eighth_release_of_multiplier_four_overdraws_a_budget_of_three() -> None:
-    """privacy.md, 3.4; dp-accounting says 2.964 after seven releases and 3.190 after eight."""
+    """Dp-accounting says 2.964 after seven releases and 3.190 after eight."""
     release, limit = Cost.of(GaussianRelease(4.0), 1_000_000), Limit.of(3.0, 1e-5)
     assert fits(release * 7, limit)
     assert not fits(release * 8, limit)

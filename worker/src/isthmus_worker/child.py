@@ -104,13 +104,9 @@ def answer_to(order: Work | Describe, line: Line) -> Answer:
             content = content_of(order.dataset.source, order.known)
             return Described(data_schema=source.schema(), rows=source.rows(), content=content)
         return _desk().perform(order, lambda progress: line.tell(order.number, progress))
-    except (DataRefused, ModelRefused) as refusal:
-        reason = refusal.told(_tells_counts(order))
-        if _protects_records(order) and not isinstance(refusal, SchemaRefused | ModelRefused):
-            return Failure(reason=reason, where=refusal.where)
-        return Refusal(reason=reason, where=refusal.where)
-    except WorkBroken as broken:
-        return Failure(reason=broken.told(_tells_counts(order)), where=broken.where)
+    except (DataRefused, ModelRefused, WorkBroken) as told:
+        kind = Refusal if isinstance(told, _refusals(order)) else Failure
+        return kind(reason=told.told(_tells_counts(order)), where=told.where)
     except _Stopped:
         return Cancelled()
     except Exception as error:  # a bug, ours or an entry point's: it must not end the child, nor quote data
@@ -121,8 +117,10 @@ def _tells_counts(order: Work | Describe) -> bool:
     return isinstance(order, Work) and order.tell_counts
 
 
-def _protects_records(order: Work | Describe) -> bool:
-    return isinstance(order, Work) and order.offer.spec.privacy.unit is PrivacyUnit.RECORD
+def _refusals(order: Work | Describe) -> tuple[type[Exception], ...]:
+    """What is a refusal; the others are failures."""
+    apart = isinstance(order, Work) and order.offer.spec.privacy.unit is PrivacyUnit.RECORD
+    return (SchemaRefused if apart else DataRefused, ModelRefused)
 
 
 @cache

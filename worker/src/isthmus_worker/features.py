@@ -220,12 +220,12 @@ def _require_single(column: Column, what: str) -> None:
         raise SchemaRefused(f"{what}; it holds arrays.")
 
 
-def _narrow(values: NDArray[np.float64]) -> NDArray[np.float32]:
+def _narrow(values: NDArray[Any]) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):
         return values.astype(np.float32)
 
 
-def _whole(values: NDArray[np.float64], classes: int) -> NDArray[np.bool_]:
+def _whole(values: NDArray[Any], classes: int) -> NDArray[np.bool_]:
     marks: NDArray[np.bool_] = (values >= 0) & (values < classes) & (values == np.floor(values))  # NaN is none of that
     return marks
 

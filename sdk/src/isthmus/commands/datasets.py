@@ -40,9 +40,7 @@ def confirm(
     dataset: Reference,
     other_records: Annotated[
         bool,
-        typer.Option(
-            "--other-records", help="The budget begins anew; only if these are other records than before."
-        ),
+        typer.Option("--other-records", help="The budget begins anew; only if these are other records than before."),
     ] = False,
     as_json: Json = False,
 ) -> None:
