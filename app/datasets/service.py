@@ -212,7 +212,7 @@ async def confirm_dataset(
     """
     dataset = await queries.get_dataset(session, dataset_id, caller=caller, lock=True)
     former = dataset.ledger_id
-    if True and (await session.scalars(select(Ledger.lineage).where(Ledger.id == former))).one() != dataset.lineage and dataset.state is not DatasetState.CONFIRMED:
+    if body.other_records:
         await _leave_ledger(session, dataset)
     if dataset.state is not DatasetState.CONFIRMED:
         now = await clock(session)

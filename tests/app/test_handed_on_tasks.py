@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -35,7 +35,7 @@ def hand_on(site: Site) -> Client:
         "giver": giving.public_key().public_bytes_raw().hex(),
         "taker": taking.public_key().public_bytes_raw().hex(),
         "lineage": site.dataset.lineage,
-        "entries": 0,
+        "entries": 1,
         "head": "ab" * 32,
         "document": "cd" * 32,
         "signed_at": datetime.now(UTC),
@@ -56,7 +56,7 @@ def sweep_once(federation: Federation) -> None:
 
     async def run() -> None:
         async with open_parts(settings) as parts:
-            await sweep(parts)
+            await sweep(parts, aggregation_retry=timedelta(minutes=1))
 
     asyncio.run(run())
 
