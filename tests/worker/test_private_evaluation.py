@@ -12,6 +12,8 @@ from isthmus.wire.data import DataSpec
 from isthmus_worker.evaluation import evaluate, right_answers
 from isthmus_worker.features import Examples
 from isthmus_worker.private_evaluation import noised_quality, sensitivity
+from isthmus_worker.work import holdout_measures
+from tests.worker.factories import make_offer, make_record_spec
 
 
 def test_the_counts_are_noised_by_sqrt_2_times_the_multiplier_afresh() -> None:
@@ -71,6 +73,17 @@ def test_one_record_changes_the_right_answers_by_one_even_where_logits_are_tied(
         assert alone(rows & (np.arange(70) > 0)) == sum(single[1:count])
         apart.append(abs(batched(rows) - batched(rows & (np.arange(70) > 0))))
     assert by_processor or max(apart) > 1  # the trap is there
+
+
+def test_what_is_told_counts_the_answers_of_records_by_themselves() -> None:
+    spec = make_record_spec(evaluation={"holdout": 0.2, "release": "noised"})
+    plan = make_offer(spec).plan
+    assert plan is not None
+    plan = plan.model_copy(update={"evaluation_noise_multiplier": 0.01})
+    examples = Examples(inputs=np.zeros((20, 5), np.float32), targets=np.ones(20, np.int64))
+    found = holdout_measures(LastDigits(), examples, spec, plan, lambda _share: None)
+    assert found.local["holdout/accuracy"] == 0.0  # in one batch of 20
+    assert found.told["holdout/accuracy"] == pytest.approx(1.0, abs=0.01)
 
 
 def test_chance_in_a_model_is_the_same_for_every_record() -> None:

@@ -29,7 +29,8 @@ def plan_of(
 ) -> PrivacyPlan:
     """A plan for `train_privately`."""
     return PrivacyPlan(
-        unit=PrivacyUnit.RECORD, where=None, epsilon=1.0, budget_epsilon=1.0, delta=1e-5, clip_norm=clip, noise_multiplier=noise,
+        unit=PrivacyUnit.RECORD, where=None, epsilon=1.0, budget_epsilon=1.0, delta=1e-5, clip_norm=clip,
+        noise_multiplier=noise,
         sampling_probability=share, expected_batch=batch, steps_per_round=steps, statistics_noise_multiplier=None,
         evaluation_noise_multiplier=None,
     )  # fmt: skip

@@ -87,7 +87,7 @@ def right_answers(model: nn.Module, examples: Examples, data: DataSpec, tell: Ca
         One record more or less changes the number by 1 at most, whatever the weights are: in a batch the last digits of
         what is computed for a record depend on how many there are and on where it stands, and where logits are tied
         such a digit decides. So every record is a batch of its own, in memory of its own, with torch's generator where
-        it was for all others. That takes longer: 20 to 100 microseconds a record for a small model.
+        it was for all others. That takes longer than batches do.
     """
     model.eval()
     right = 0

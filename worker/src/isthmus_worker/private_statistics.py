@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from isthmus.privacy.discrete_gaussian import DiscreteGaussian
 from isthmus.privacy.keystream import Keystream
 from isthmus.privacy.lattice import UPDATE_SCALE
+from isthmus.privacy.scales import finest_scale
 from isthmus.wire.data import DataSpec
 from isthmus.wire.rounds import STATISTICS_PREFIX
 from isthmus_worker.data import Table
 from isthmus_worker.features import number_column
 from isthmus_worker.offers import LEAST_VARIANCE
-from isthmus.privacy.scales import finest_scale
 
 Sums = NDArray[np.int64]
 PER_COLUMN: Final = 3

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from isthmus.privacy.clipping import NonFiniteUpdate, clip_by_global_norm
 from isthmus.privacy.keystream import Keystream
 from isthmus.privacy.lattice import UPDATE_SCALE, Lattice
-from isthmus.wire.privacy import NoisePlace, PrivacyPlan, PrivacySpec, PrivacyUnit
 from isthmus.privacy.scales import finest_scale
+from isthmus.wire.privacy import NoisePlace, PrivacyPlan, PrivacySpec, PrivacyUnit
 
 
 def protect(
