@@ -16,7 +16,7 @@ def busy(platform: Platform) -> str:
     organization = platform.organization()
     steward, worker = platform.steward(organization), platform.worker(organization)
     dataset = platform.dataset(worker, confirmed_by=steward)
-    steward.datasets.set_policy(dataset.id, UsePolicy(max_clip_norm=1e16, max_epsilon=1e-7))
+    steward.datasets.set_policy(dataset.id, UsePolicy(max_clip_norm=1e16, max_delta=1e-7))
     steward.datasets.retire(dataset.id)
     steward.workers.revoke(dataset.worker_id)
     return f"organization:{organization.id}"

@@ -109,7 +109,7 @@ POINTS: Final[dict[str, Point]] = {
         ),
         *_points(
             CHILD,
-            ("noise-drawn", "after", "isthmus_worker.private_training:clipped_sum", "between two noised steps"),
+            ("noise-drawn", "after", "isthmus_worker.record_clipping:ClippedSum.take", "between two noised steps"),
             variant="record",
         ),
     ]

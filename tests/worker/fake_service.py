@@ -206,7 +206,8 @@ def _dataset(name: str, body: dict[str, Any]) -> dict[str, Any]:
     return {
         **body, "id": str(UUID(int=7)), "organization_id": str(UUID(int=8)), "organization": ORGANIZATION, "name": name,
         "worker_id": str(UUID(int=9)), "worker": "w", "state": "announced",
-        "announced_policy": body["policy"], "budget": None, "announced_at": NOW.isoformat(), "confirmed_at": None,
+        "announced_policy": body["policy"], "ledger_lineage": body["lineage"], "budget": None,
+        "announced_at": NOW.isoformat(), "confirmed_at": None,
     }  # fmt: skip
 
 

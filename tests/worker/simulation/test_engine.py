@@ -236,7 +236,7 @@ def test_privacy_of_records_is_simulated_with_secret_coins_and_charged_for_each_
 
 
 def test_a_target_that_no_noise_reaches_is_refused_with_the_clients_name() -> None:
-    privacy = {"unit": "record", "clip_norm": 1.0, "epsilon": 0.001, "delta": 1e-17}
+    privacy = {"unit": "record", "clip_norm": 1.0, "epsilon": 0.01, "delta": 1e-17}
     with pytest.raises(ClientsRefused, match="clinic-0/points: no noise reaches"):
         simulated(job_spec(data=POINTS, privacy=privacy), some_clients())
 
