@@ -141,6 +141,8 @@ def _frozen_sets(record: Record, job: Row) -> Iterator[str]:
         mine = [event for event in told if event["data"].get("round") == number]
         frozen = [event["data"]["updates"] for event in mine if event["kind"] == "round-frozen"]
         listed = [{name: row[name] for name in ("organization", "dataset", "digest", "weight")} for row in members]
+        if _is_central(job) and of["kind"] == "train":  # whoever knew a digest could try out guesses at the records
+            listed = [{**one, "digest": None} for one in listed]
         if frozen != [listed]:
             yield f"round {number}: the record tells {len(frozen)} freezes, or another set than the updates"
         for kind, expected in (("round-opened", 1), ("round-completed", 1), ("update-accepted", len(updates))):

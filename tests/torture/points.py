@@ -80,11 +80,6 @@ POINTS: Final[dict[str, Point]] = {
             variant="central",
         ),
         *_points(
-            COORDINATOR,
-            ("refund-uncommitted", "after", "app.coordinator:refund", "refunded, not committed"),
-            variant="record",
-        ),
-        *_points(
             AGENT,
             ("task-in-hand", "before", "isthmus_worker.loop:Agent.serve", "a task was claimed, nothing is done"),
             ("model-unfetched", "before", "isthmus_worker.loop:Agent._model", "the model is about to be fetched"),
