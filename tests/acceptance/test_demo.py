@@ -72,16 +72,17 @@ def test_four_hospitals_get_one_model_and_no_process_is_left(tmp_path: Path) -> 
     assert spent is not None
     assert all(2.8 < float(epsilon) <= 3.0 for epsilon in spent.groups())
 
-    # The hold-outs are drawn by the workers' secrets. Of 400 draws the worst had 0.71, 0.81 and 0.07 here.
+    # Hold-outs and noise are drawn anew. Of 20 draws the worst had an accuracy of 0.75; these are some four deviations
+    # from the mean.
     table = figures(output)
     assert list(table) == [*(f"{hospital.short} alone" for hospital in HOSPITALS), "federated", "pooled, no privacy"]
     everybody = {model: cells[-1] for model, cells in table.items()}
     accuracy, auc = everybody["federated"]
-    assert accuracy >= 0.68
+    assert accuracy >= 0.65
     assert auc is not None
-    assert auc >= 0.79
+    assert auc >= 0.74
     assert accuracy >= everybody["Switzerland alone"][0] + 0.05
-    assert abs(accuracy - everybody["pooled, no privacy"][0]) <= 0.12
+    assert abs(accuracy - everybody["pooled, no privacy"][0]) <= 0.15
 
     about = json.loads((folder / "model" / "model.json").read_text())
     assert about["state"] == "completed"
