@@ -80,16 +80,23 @@ async def _own_ledger(session: AsyncSession, organization_id: UUID, lineage: str
 
 
 async def settle_budget(session: AsyncSession, ledger_id: UUID) -> None:
-    """Give a ledger the budget of the policies in force: the smallest among its datasets that are not retired.
+    """Give a ledger the budget of the policies in force: the smallest among its confirmed datasets.
 
+    What was only announced counts where nothing is confirmed: it must not close a ledger that others work with.
     Grants keep what is reserved for them. Where a lowered budget does not hold that, the ledger is closed: nothing more
     is reserved or spent, until what is given back, or a larger budget, makes it fit again.
     """
     await session.flush()
     await session.execute(select(Ledger.id).where(Ledger.id == ledger_id).with_for_update(key_share=True))
-    policies = await session.scalars(
-        select(Dataset.policy).where(Dataset.ledger_id == ledger_id, Dataset.state != DatasetState.RETIRED)
-    )
+    standing = (
+        await session.execute(
+            select(Dataset.state, Dataset.policy).where(
+                Dataset.ledger_id == ledger_id, Dataset.state != DatasetState.RETIRED
+            )
+        )
+    ).all()
+    confirmed = [policy for state, policy in standing if state == DatasetState.CONFIRMED]
+    policies = confirmed or [policy for _state, policy in standing]
     budgets = [budget for policy in policies if (budget := UsePolicy.model_validate(policy).budget) is not None]
     if not budgets:
         taken = {"limit_nano": TAKEN_AWAY, "closed": True}

@@ -32,7 +32,8 @@ def view_of(dataset: Dataset, organization: str, worker: str, ledger: Ledger, *,
     """A dataset as answered.
 
     A researcher is told whether the policy lists him or her, but not who else is listed; neither the lineage, by which
-    one could see that two datasets hold the same records, nor what became of the budget.
+    one could see that two datasets hold the same records, nor what became of the budget: only a job that it does not
+    hold is told what would still pass.
     """
     outsider = caller.role is Role.RESEARCHER
     return DatasetView(

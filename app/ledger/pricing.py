@@ -12,7 +12,6 @@ from isthmus.privacy.cost import Cost
 from isthmus.privacy.planning import PlanImpossible, grant_cost, grant_event, plan_of, round_cost, round_event
 from isthmus.wire.base import canonical_json
 from isthmus.wire.jobs import JobSpec
-from isthmus.wire.manifest import Manifest, update_manifest
 from isthmus.wire.privacy import NoisePlace, PrivacyMode, PrivacyPlan, PrivacyUnit
 from isthmus.wire.rounds import TaskKind, evaluates_in_round, kind_of_round
 
@@ -31,11 +30,6 @@ class Price:
 
 FREE: Final = Price(PrivacyMode.NONE, Cost.zero(), None)
 """Of a job that claims no privacy: it costs nothing because nothing bounds it."""
-
-
-def elements_of(model: Manifest) -> int:
-    """How many parameters rounds average: each of them is noised."""
-    return sum(tensor.elements for tensor in update_manifest(model).tensors.values())
 
 
 def spends_when_summed(spec: JobSpec, kind: TaskKind) -> bool:

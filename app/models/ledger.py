@@ -17,10 +17,11 @@ def nothing() -> list[int]:
 
 
 class Ledger(Base):
-    """The budget of one lineage of data in one organization, under whatever names it is announced.
+    """The budget of one organization's data, under whatever names and lineages it is announced.
 
-    Sums and head change only with an entry, which a trigger sees to; and Postgres itself refuses an entry after which
-    no order would keep the budget. Costs are Rényi divergences in billionths at the orders of `orders_version`.
+    `lineage` is that of its first dataset, and stands in all its entries. Sums and head change only with an entry, which
+    a trigger sees to; and Postgres itself refuses an entry after which no order would keep the budget. Costs are Rényi
+    divergences in billionths at the orders of `orders_version`.
     """
 
     __tablename__ = "ledgers"

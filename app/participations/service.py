@@ -15,7 +15,7 @@ from app.database import clock
 from app.dependencies import Caller
 from app.errors import BudgetExhausted, GrantRefusedByPolicy, NoMatchingDataset, PrivacyImpossible, StateConflict
 from app.federation.lifecycle import ENDED_JOBS, OPEN_TASKS
-from app.ledger.pricing import elements_of, plan_for, price_of_grant, spends_when_summed
+from app.ledger.pricing import plan_for, price_of_grant, spends_when_summed
 from app.ledger.service import Account, give_back, hold_ledger, reserve, shortfall
 from app.models import Dataset, Grant, Job, Organization, Participation, Principal, Round, Task, Update, Worker
 from app.participations.queries import find_own
@@ -73,7 +73,7 @@ async def plan_ahead(session: AsyncSession, job: Job) -> Plans:
 
 
 async def _plan_at(spec: JobSpec, job: Job, rows: int) -> PrivacyPlan | PlanImpossible | None:
-    return await plan_for(spec, rows, elements_of(Manifest.model_validate(job.manifest)))
+    return await plan_for(spec, rows, Manifest.model_validate(job.manifest).averaged_elements)
 
 
 async def _fitting(session: AsyncSession, spec: JobSpec) -> tuple[list[tuple[str, Dataset]], list[str]]:
@@ -156,7 +156,7 @@ async def _within_budgets(session: AsyncSession, spec: JobSpec, job: Job, asked:
     held = {row.id: row.ledger_id for row in found_held}
     ledger_ids = sorted({held[dataset_id] for dataset_id in concerned})
     ledgers = {ledger_id: await hold_ledger(session, ledger_id) for ledger_id in ledger_ids}
-    elements = elements_of(Manifest.model_validate(job.manifest))
+    elements = Manifest.model_validate(job.manifest).averaged_elements
     promised = dict.fromkeys(ledgers, Cost.zero())  # to datasets of the same lineage, which are asked by this same job
     found = []
     for item in asked:
@@ -213,7 +213,7 @@ async def _request(
         grant.participation_id = participation.id
         session.add(grant)
         await session.flush()
-        elements = elements_of(Manifest.model_validate(job.manifest))
+        elements = Manifest.model_validate(job.manifest).averaged_elements
         price = await price_of_grant(spec, asked.plan, spec.rounds, elements)
         await reserve(session, _account(participation, dataset.ledger_id), price, elements=elements)
     for kind, data in events:
@@ -349,7 +349,7 @@ async def _reserve_grant(
     Raises:
         BudgetExhausted: the budget does not hold it. Says what would pass.
     """
-    elements = elements_of(Manifest.model_validate(job.manifest))
+    elements = Manifest.model_validate(job.manifest).averaged_elements
     account = _account(participation, ledger_id)
     await hold_ledger(session, ledger_id)
     awaited = await price_of_awaited(session, job, spec, participation.id, plan, elements)

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Final, Generic, TypeVar
 
-from app.ledger.pricing import elements_of
 from app.models import Job, Participation
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.manifest import Manifest
@@ -56,7 +55,7 @@ def manifest_of(job: Job) -> Manifest:
 
 def elements_in(job: Job) -> int:
     """How many parameters the rounds of a job average."""
-    return _elements.get(job.id, lambda: elements_of(manifest_of(job)))
+    return _elements.get(job.id, lambda: manifest_of(job).averaged_elements)
 
 
 def manifest_of_task(job: Job, kind: TaskKind, number: int) -> Manifest:

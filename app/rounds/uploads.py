@@ -45,6 +45,7 @@ from isthmus.codec.scanner import UpdateScanner
 from isthmus.federation.rounds import weight_of
 from isthmus.privacy.clipping import norm_bound
 from isthmus.privacy.lattice import UPDATE_SCALE
+from isthmus.privacy.scales import noised_lattice
 from isthmus.wire.datasets import DatasetState
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobSpec, JobState, ParticipationState
@@ -196,7 +197,7 @@ async def admit_update(
         raise UpdateConflict
     task.state = TaskState.UPLOADING
     task.lease_expires_at = task.progress_until = func.clock_timestamp() + settings.lease
-    bound, told = _norm_bound(spec, plan_of(held.participation), task.kind, manifest)
+    bound, told = _norm_bound(spec, plan_of(held.participation), task.kind, elements_in(job))
     return Admission(
         task_id=task_id,
         manifest=manifest,
@@ -206,9 +207,7 @@ async def admit_update(
     )
 
 
-def _norm_bound(
-    spec: JobSpec, plan: PrivacyPlan | None, kind: TaskKind, manifest: Manifest
-) -> tuple[float | None, str]:
+def _norm_bound(spec: JobSpec, plan: PrivacyPlan | None, kind: TaskKind, elements: int) -> tuple[float | None, str]:
     """How long an honest update may be, and why; None where nothing bounds it.
 
     What DP-SGD made of noised gradients is as long as it is: it was protected step by step, and is not clipped again.
@@ -216,15 +215,13 @@ def _norm_bound(
     clip_norm = spec.privacy.clip_norm
     if kind is not TaskKind.TRAIN or clip_norm is None or spec.privacy.unit is PrivacyUnit.RECORD:
         return None, ""
-    elements = sum(
-        tensor.elements for name, tensor in manifest.tensors.items() if not name.startswith(("metrics/", "statistics/"))
-    )
-    noise, told = 0.0, f"clip_norm {clip_norm:g}"
-    if plan is not None and plan.where is NoisePlace.LOCAL:
-        # Another update in its place moves it by twice the clip. A little more for the lattice's own rounding.
-        noise = plan.noise_multiplier * 2 * (1 + math.sqrt(elements) / UPDATE_SCALE)
-        told += f" and noise_multiplier {plan.noise_multiplier:g}"
-    return norm_bound(clip_norm, noise, elements) * (1 + NORM_TOLERANCE + math.sqrt(elements) / UPDATE_SCALE), told
+    told, tolerance = f"clip_norm {clip_norm:g}", 1 + NORM_TOLERANCE
+    if plan is None or plan.where is not NoisePlace.LOCAL:
+        return norm_bound(clip_norm, 0.0, elements) * tolerance, told
+    lattice, variance = noised_lattice(clip_norm, plan.noise_multiplier, elements, finest=UPDATE_SCALE, apart=2)
+    longest, deviation = lattice.sensitivity * lattice.step, math.sqrt(variance) * lattice.step
+    told += f" and noise_multiplier {plan.noise_multiplier:g}"
+    return norm_bound(longest, deviation / longest, elements) * tolerance, told
 
 
 async def _spend(session: AsyncSession, held: HeldTask, spec: JobSpec, manifest: Manifest, digest: str) -> None:

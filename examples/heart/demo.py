@@ -119,8 +119,7 @@ def what_is_allowed(datasets: Sequence[DatasetView]) -> list[str]:
 
 def what_is_asked(spec: JobSpec) -> list[str]:
     """The job in a few words."""
-    manifest = spec.model.plan(spec.data.input_shape).manifest
-    parameters = sum(tensor.elements for tensor in manifest.tensors.values())
+    parameters = spec.model.plan(spec.data.input_shape).manifest.averaged_elements
     return [
         shown(JOB),
         f"{len(spec.data.features)} features, a network of {parameters} parameters, {spec.rounds} rounds of "

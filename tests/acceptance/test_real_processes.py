@@ -114,8 +114,11 @@ def test_an_agent_whose_own_policy_says_no_refuses_whatever_the_service_says(dat
             "the other policy is announced",
         )
         steward.datasets.confirm(next(iter(steward.datasets.list())).id)
+        open_to_all = next(iter(opened.stewards[0].datasets.list())).id
         with psycopg.connect(database_url) as connection:  # a service that does not mind it
-            connection.execute("UPDATE datasets SET policy = (SELECT policy FROM datasets ORDER BY id LIMIT 1)")
+            connection.execute(
+                "UPDATE datasets SET policy = (SELECT policy FROM datasets WHERE id = %s)", [open_to_all]
+            )
         job = opened.submit(job_spec(cohort={"min_updates": 2, "deadline_s": 60}))
         failed = opened.finish(job)
 

@@ -14,9 +14,10 @@ import isthmus.federation.aggregation
 import isthmus.federation.central
 from isthmus.codec.errors import TensorsMismatch
 from isthmus.federation.aggregation import MemorySink, MemorySource
-from isthmus.federation.central import NOISE_BLOCK, aggregate_noised, clipping_factors, lattice_of, noise_of
+from isthmus.federation.central import NOISE_BLOCK, aggregate_noised, clipping_factors, noise_of
 from isthmus.federation.strategies import FedAdam, FedAvg, state_manifest
-from isthmus.privacy.lattice import to_lattice
+from isthmus.privacy.lattice import UPDATE_SCALE, to_lattice
+from isthmus.privacy.scales import noised_lattice
 from isthmus.wire.manifest import AggregationRule, DType, Manifest, TensorSpec, update_manifest
 
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
@@ -116,7 +117,7 @@ def test_no_two_tensors_and_no_two_blocks_share_their_noise() -> None:
 def test_the_noise_of_the_mean_has_the_variance_that_was_claimed(noise: float) -> None:
     """z * D steps on the sum, whatever the number of updates, on every element and once."""
     updates = [zeros(LARGE) for _ in range(4)]
-    lattice, _ = lattice_of(LARGE, C, 1.0)
+    lattice, _ = noised_lattice(C, 1.0, LARGE.averaged_elements, finest=UPDATE_SCALE)
 
     mean = flat(summed(LARGE, updates, noise=noise))
 
@@ -129,7 +130,7 @@ def test_the_noise_of_the_mean_has_the_variance_that_was_claimed(noise: float) -
 
 
 def test_the_noise_is_added_once_and_not_for_each_update() -> None:
-    lattice, _ = lattice_of(LARGE, C, 1.0)
+    lattice, _ = noised_lattice(C, 1.0, LARGE.averaged_elements, finest=UPDATE_SCALE)
     one, five = (flat(summed(LARGE, [zeros(LARGE)] * count, noise=2.0)) for count in (1, 5))
 
     assert one.std() == pytest.approx(2.0 * lattice.sensitivity * lattice.step, rel=0.01)
@@ -163,7 +164,7 @@ def as_update(values: NDArray[np.float32]) -> MemorySource:
 
 
 def assert_bounded(update: MemorySource) -> None:
-    lattice, _ = lattice_of(SMALL, C, 1.0)
+    lattice, _ = noised_lattice(C, 1.0, SMALL.averaged_elements, finest=UPDATE_SCALE)
     (factor,) = clipping_factors([update], update_manifest(SMALL).tensors, lattice)
     integers = np.concatenate([to_lattice(array.reshape(-1), factor) for array in update.arrays.values()])
     assert sum(int(value) ** 2 for value in integers) <= lattice.sensitivity**2
@@ -197,7 +198,7 @@ def test_one_long_update_moves_the_mean_by_no_more_than_its_share() -> None:
     without = flat(summed(SMALL, [*honest, zeros(SMALL)]))
     shouted = flat(summed(SMALL, [*honest, random_update(SMALL, 4, 1e6)]))
 
-    lattice, _ = lattice_of(SMALL, C, 1.0)
+    lattice, _ = noised_lattice(C, 1.0, SMALL.averaged_elements, finest=UPDATE_SCALE)
     assert float(np.linalg.norm(shouted - without)) <= 1.0001 * lattice.sensitivity * lattice.step / 4
 
 
@@ -251,8 +252,8 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 
 def test_noise_too_loud_for_the_finest_grid_is_drawn_on_a_coarser_one() -> None:
-    finest, _ = lattice_of(SMALL, C, 1.0)
-    loud, variance = lattice_of(SMALL, C, 10_000.0)
+    finest, _ = noised_lattice(C, 1.0, SMALL.averaged_elements, finest=UPDATE_SCALE)
+    loud, variance = noised_lattice(C, 10_000.0, SMALL.averaged_elements, finest=UPDATE_SCALE)
     assert loud.scale < finest.scale
     assert math.sqrt(variance) / loud.sensitivity >= 10_000.0
     assert math.sqrt(variance) / loud.sensitivity < 10_000.0 * (1 + 1e-6)

@@ -24,7 +24,6 @@ from isthmus_worker.ledger import (
     budget_objections,
     charge_for,
 )
-from isthmus_worker.offers import noised_elements
 from isthmus_worker.settings import CsvSettings, DatasetSettings
 from isthmus_worker.state import StateDir
 from tests.worker.factories import (
@@ -84,7 +83,7 @@ def test_all_releases_of_a_job_cost_what_its_grant_does_and_no_more(
 
     offer = make_offer(spec)
     assert offer.plan is not None
-    elements = noised_elements(offer.model_manifest)
+    elements = offer.model_manifest.averaged_elements
     whole = grant_cost(spec, offer.plan, elements, spec.rounds, ledger=True)
     assert journal.ledgers.total(LINEAGE).cost == whole
     claimed = journal.ledgers.claimed(str(offer.participation_id))

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from isthmus.privacy.discrete_gaussian import Noise
 from isthmus.privacy.keystream import Keystream
+from isthmus.privacy.lattice import SAMPLE_SCALE
+from isthmus.privacy.scales import noised_lattice
 from isthmus.torch import build, to_arrays
 from isthmus.wire.jobs import TrainingSpec
 from isthmus.wire.models import ModelSpec
@@ -17,7 +19,6 @@ from isthmus.wire.privacy import PrivacyPlan, PrivacyUnit
 from isthmus_worker import private_training
 from isthmus_worker.features import Examples
 from isthmus_worker.private_training import chosen_records, train_privately
-from isthmus_worker.record_clipping import record_lattice
 from tests.worker.test_gradients import LAYERS
 
 CLASSIFIER = [{"linear": {"in": 3, "out": 8}}, "tanh", {"dropout": {"p": 0.1}}, {"linear": {"in": 8, "out": 2}}]
@@ -100,7 +101,7 @@ def test_the_sums_of_neighbouring_datasets_differ_by_the_sensitivity_at_most(
         for one in (many, neighbour):
             trained(one, plan, layers=layers, shape=shape)
         difference = sums[-1] - sums[-2]
-        lattice, _variance = record_lattice(clip, plan.noise_multiplier, len(difference))
+        lattice, _variance = noised_lattice(clip, plan.noise_multiplier, len(difference), finest=SAMPLE_SCALE)
         assert sum(int(value) ** 2 for value in difference) <= lattice.sensitivity**2
     assert any(one.any() for one in sums)
 
@@ -110,7 +111,7 @@ def test_a_step_without_records_is_noise_alone_and_exactly_the_noise_that_is_cha
     noise, batch = 0.02, 16.0  # small enough for float32 to hold every lattice point exactly
     moves = [trained(examples_of(0), plan_of(noise, batch=batch), layers=WIDE)[0] for _ in range(2)]
     elements = len(moves[0])
-    lattice, variance = record_lattice(1.0, noise, elements)
+    lattice, variance = noised_lattice(1.0, noise, elements, finest=SAMPLE_SCALE)
     for move in moves:
         # The weights are float32: what was added can be read to half of their last place.
         found = move * batch / lattice.step
@@ -131,7 +132,7 @@ def test_the_gradient_of_a_step_lies_on_the_lattice() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(private_training, "_put", put)
         trained(examples_of(40), plan_of(0.02, steps=3))
-    lattice, _ = record_lattice(1.0, 0.02, len(taken[0]))
+    lattice, _ = noised_lattice(1.0, 0.02, len(taken[0]), finest=SAMPLE_SCALE)
     assert len(taken) == 3
     for gradient in taken:
         steps = gradient.astype(np.float64) * 16.0 / lattice.step
@@ -163,7 +164,7 @@ def test_without_noise_and_with_a_wide_clip_a_step_is_plain_gradient_descent(sum
     move, loss = trained(examples, plan_of(clip=1e4, batch=24.0), layers=layers)
     torch.manual_seed(5)
     assert loss > 0
-    found = sums[0] * record_lattice(1e4, 1.0, len(move))[0].step / 24.0
+    found = sums[0] * noised_lattice(1e4, 1.0, len(move), finest=SAMPLE_SCALE)[0].step / 24.0
     model = build(ModelSpec.model_validate({"layers": layers}))
     torch.manual_seed(5)
     model = build(ModelSpec.model_validate({"layers": layers}))
@@ -197,7 +198,7 @@ def test_weights_move_by_the_noised_sums_alone_whatever_the_model_does_to_them(s
     train_privately(
         model, examples_of(40), spec_of(), plan, averaged=list(before), record_shape=(3,), tell=lambda _share: None
     )
-    after, lattice = to_arrays(model), record_lattice(1.0, 1.0, 8)[0]
+    after, lattice = to_arrays(model), noised_lattice(1.0, 1.0, 8, finest=SAMPLE_SCALE)[0]
     assert model.calls > 250
     moved = np.concatenate([(after[name].astype(np.float64) - before[name]).ravel() for name in sorted(before)])
     assert moved == pytest.approx(-np.sum(sums, axis=0) * lattice.step / 40.0, abs=1e-4)

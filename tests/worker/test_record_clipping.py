@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from isthmus.privacy.discrete_gaussian import MAX_VARIANCE
 from isthmus.privacy.lattice import SAMPLE_SCALE, Lattice
-from isthmus_worker.record_clipping import ClippedSum, record_lattice
+from isthmus.privacy.scales import noised_lattice
+from isthmus_worker.record_clipping import ClippedSum
 
 WIDTHS = (1, 7, 5000, 64)
 ELEMENTS = sum(WIDTHS)
@@ -105,7 +106,7 @@ def test_gradients_of_float64_are_bounded_too_and_none_is_modified() -> None:
     ("noise", "elements"), [(0.01, 1), (1.1, 52_138), (60.0, 10**6), (1000.0, 10**8), (10_000.0, 2**31)]
 )
 def test_the_lattice_is_the_finest_whose_noise_can_be_drawn(noise: float, elements: int) -> None:
-    lattice, variance = record_lattice(1.0, noise, elements)
+    lattice, variance = noised_lattice(1.0, noise, elements, finest=SAMPLE_SCALE)
     assert (noise * lattice.sensitivity) ** 2 * (1 - 1e-12) <= variance <= MAX_VARIANCE
     assert lattice.sensitivity >= lattice.scale + math.sqrt(elements) / 2
     finer = Lattice(1.0, 2 * lattice.scale, elements).sensitivity

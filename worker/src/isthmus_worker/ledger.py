@@ -23,7 +23,6 @@ from isthmus.wire.base import canonical_json
 from isthmus.wire.datasets import Budget
 from isthmus.wire.privacy import PrivacyMode, PrivacyUnit
 from isthmus.wire.rounds import TaskOffer
-from isthmus_worker.offers import noised_elements
 from isthmus_worker.settings import DatasetSettings
 
 SCHEMA: Final = """
@@ -118,7 +117,7 @@ class Charge:
 
 def charge_for(offer: TaskOffer, lineage: str) -> Charge:
     """What the release for an offer costs that has passed `contradictions`. The first of a kind takes tens of ms."""
-    spec, plan, elements = offer.spec, offer.plan, noised_elements(offer.model_manifest)
+    spec, plan, elements = offer.spec, offer.plan, offer.model_manifest.averaged_elements
     if plan is None or spec.privacy.unit is PrivacyUnit.NONE:
         leaves = bool(offer.upload_manifest.tensors)
         return Charge(lineage, PrivacyMode.NONE, None, Cost.zero(), Cost.zero(), elements, leaves)

@@ -6,7 +6,6 @@ from typing import Final
 
 from isthmus.privacy.planning import plan_contradictions
 from isthmus.wire.base import digest_of
-from isthmus.wire.manifest import Manifest
 from isthmus.wire.privacy import PrivacyUnit
 from isthmus.wire.rounds import TaskKind, TaskOffer, kind_of_round, task_manifest
 
@@ -38,7 +37,7 @@ def contradictions(offer: TaskOffer, *, organization: str, datasets: Collection[
         found.append("The model's manifest is not that of the job's layers.")
     if offer.upload_manifest != task_manifest(offer.kind, spec, offer.round_number, offer.model_manifest):
         found.append("The upload's manifest is not what the job's spec makes of this task.")
-    found += plan_contradictions(spec, offer.plan, noised_elements(offer.model_manifest)) or _odd_steps(offer)
+    found += plan_contradictions(spec, offer.plan, offer.model_manifest.averaged_elements) or _odd_steps(offer)
     if needs_statistics(offer):
         statistics = offer.statistics
         names = [feature.name for feature in spec.data.numbers()]
@@ -51,11 +50,6 @@ def contradictions(offer: TaskOffer, *, organization: str, datasets: Collection[
         elif not all(map(_plausible, statistics.mean, statistics.variance)):
             found.append("The federation's statistics hold a mean or a variance that no records have.")
     return found
-
-
-def noised_elements(model: Manifest) -> int:
-    """Parameters that a round averages, and that are noised each where there is noise."""
-    return sum(tensor.elements for tensor in model.averaged().values())
 
 
 def _odd_steps(offer: TaskOffer) -> list[str]:

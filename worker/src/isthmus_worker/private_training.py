@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from isthmus.privacy.discrete_gaussian import Noise
 from isthmus.privacy.keystream import MAX_TAKEN_BYTES, Keystream
-from isthmus.privacy.lattice import Lattice
+from isthmus.privacy.lattice import SAMPLE_SCALE, Lattice
+from isthmus.privacy.scales import noised_lattice
 from isthmus.wire.jobs import TrainingSpec
 from isthmus.wire.privacy import PrivacyPlan
 from isthmus_worker.features import Examples
 from isthmus_worker.gradients import RecordGradients, records_at_once, require_private, trained_parameters
-from isthmus_worker.record_clipping import ClippedSum, record_lattice
+from isthmus_worker.record_clipping import ClippedSum
 from isthmus_worker.refusals import ModelRefused
 from isthmus_worker.training import Tell, as_tensors, loss_of, make_optimizer
 
@@ -78,7 +79,7 @@ def train_privately(
     elements = sum(parameter.numel() for parameter in trained_parameters(model).values())
     if not elements:
         raise ModelRefused("Unit record: the model has no parameter that is trained.")
-    lattice, variance = record_lattice(plan.clip_norm, plan.noise_multiplier, elements)
+    lattice, variance = noised_lattice(plan.clip_norm, plan.noise_multiplier, elements, finest=SAMPLE_SCALE)
     inputs, targets = as_tensors(examples, record_shape)
     coins, noise = Keystream(), Noise(variance, Keystream())
     gradient_sum = ClippedSum(lattice)

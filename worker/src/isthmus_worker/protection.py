@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from isthmus.privacy.clipping import NonFiniteUpdate, clip_by_global_norm
 from isthmus.privacy.keystream import Keystream
-from isthmus.privacy.lattice import UPDATE_SCALE, Lattice
-from isthmus.privacy.scales import finest_scale
+from isthmus.privacy.lattice import UPDATE_SCALE
+from isthmus.privacy.scales import noised_lattice
 from isthmus.wire.privacy import NoisePlace, PrivacyPlan, PrivacySpec, PrivacyUnit
 
 
@@ -37,12 +37,8 @@ def protect(
 
 def _noised(update: Mapping[str, NDArray[Any]], plan: PrivacyPlan) -> dict[str, NDArray[Any]]:
     elements = sum(array.size for array in update.values())
-
-    def apart(scale: int) -> int:
-        return 2 * Lattice(plan.clip_norm, scale, elements).sensitivity
-
-    scale, variance = finest_scale(plan.noise_multiplier, apart, UPDATE_SCALE)
-    noised = Lattice(plan.clip_norm, scale, elements).noised(update, variance, Keystream())
+    lattice, variance = noised_lattice(plan.clip_norm, plan.noise_multiplier, elements, finest=UPDATE_SCALE, apart=2)
+    noised = lattice.noised(update, variance, Keystream())
     return {name: array.astype(update[name].dtype, copy=False) for name, array in noised.items()}
 
 

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.privacy.discrete_gaussian import Integers
-from isthmus.privacy.lattice import SAMPLE_SCALE, Lattice
-from isthmus.privacy.scales import finest_scale
+from isthmus.privacy.lattice import Lattice
 
 _SHORTER: Final = 1.0 - 2.0**-18
 _SHRINK: Final = 1.0 - 2.0**-20
@@ -24,28 +23,6 @@ _COLUMNS: Final = 1 << 12
 are: sums of floats depend on how they are parted, and a record's must not depend on the others."""
 
 Gradients = Sequence[NDArray[np.floating[Any]]]
-
-
-def record_lattice(clip_norm: float, noise_multiplier: float, elements: int) -> tuple[Lattice, int]:
-    """The finest lattice for gradients, and the noise's variance on it.
-
-    Args:
-        clip_norm: C, above 0.
-        noise_multiplier: z, the noise's standard deviation in units of the sensitivity; above 0.
-        elements: of a gradient; from 1.
-
-    Returns:
-        A lattice with a power of two of steps, at most `SAMPLE_SCALE`; and sigma^2 = ceil((z D2)^2) in squared steps.
-
-    Raises:
-        ValueError: no lattice takes so much noise.
-    """
-
-    def sensitivity_of(scale: int) -> int:
-        return Lattice(clip_norm, scale, elements).sensitivity
-
-    scale, variance = finest_scale(noise_multiplier, sensitivity_of, SAMPLE_SCALE)
-    return Lattice(clip_norm, scale, elements), variance
 
 
 class ClippedSum:

@@ -14,7 +14,6 @@ from isthmus.privacy.outlook import Outlook, outlook_of
 from isthmus.wire.data import misfits
 from isthmus.wire.datasets import Budget, DatasetState
 from isthmus.wire.jobs import JobSpec
-from isthmus.wire.manifest import update_manifest
 
 app = typer.Typer(no_args_is_help=True, help="Privacy: what a job would cost, before anybody is asked.")
 
@@ -60,8 +59,7 @@ def _elements(spec: JobSpec, parameters: int | None) -> int:
         if parameters is None:
             raise typer.BadParameter("the job names an entry point and no layers: say how many --parameters it has")
         return parameters
-    manifest = update_manifest(spec.model.plan(spec.data.input_shape).manifest)
-    return sum(tensor.elements for tensor in manifest.tensors.values())
+    return spec.model.plan(spec.data.input_shape).manifest.averaged_elements
 
 
 def _sites(ctx: typer.Context, spec: JobSpec, given: Budget | None) -> list[tuple[str, int, Budget | None]]:

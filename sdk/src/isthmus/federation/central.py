@@ -27,7 +27,7 @@ from isthmus.federation.strategies import Block, Strategy
 from isthmus.privacy.discrete_gaussian import Integers, Noise
 from isthmus.privacy.keystream import KEY_BYTES, Keystream
 from isthmus.privacy.lattice import UPDATE_SCALE, Lattice, sum_of_squares, to_lattice
-from isthmus.privacy.scales import finest_scale
+from isthmus.privacy.scales import noised_lattice
 from isthmus.wire.manifest import Manifest, TensorSpec, update_manifest
 
 NOISE_BLOCK: Final = 1 << 17
@@ -77,7 +77,7 @@ def aggregate_noised(
         raise ValueError(f"a round's noise key has {KEY_BYTES} bytes, not {len(key)}")
     check_updates(manifest, updates)
     moved = update_manifest(manifest).tensors
-    lattice, variance = lattice_of(manifest, clip_norm, noise_multiplier)
+    lattice, variance = noised_lattice(clip_norm, noise_multiplier, manifest.averaged_elements, finest=UPDATE_SCALE)
     mean = _NoisedMean(
         updates,
         clipping_factors(updates, moved, lattice, threads=threads),
@@ -97,27 +97,6 @@ def aggregate_noised(
         block_elements=NOISE_BLOCK,
         threads=threads,
     )
-
-
-def lattice_of(manifest: Manifest, clip_norm: float, noise_multiplier: float) -> tuple[Lattice, int]:
-    """The grid on which updates of a model are summed, and the noise's variance there: public, the same for all.
-
-    Args:
-        manifest: the model's.
-        clip_norm: C; finite, > 0.
-        noise_multiplier: z, the noise's standard deviation in units of the sensitivity; > 0.
-
-    Returns:
-        The finest lattice, of `UPDATE_SCALE` steps at most, whose noise can be drawn; and sigma^2 in squared steps.
-
-    Raises:
-        ValueError: no lattice takes so much noise.
-    """
-    elements = sum(tensor.elements for tensor in update_manifest(manifest).tensors.values())
-    scale, variance = finest_scale(
-        noise_multiplier, lambda steps: Lattice(clip_norm, steps, elements).sensitivity, UPDATE_SCALE
-    )
-    return Lattice(clip_norm, scale, elements), variance
 
 
 def clipping_factors(

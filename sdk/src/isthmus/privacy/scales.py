@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from isthmus.privacy.lattice import variance_of
+from isthmus.privacy.lattice import Lattice, variance_of
 
 
 def finest_scale(noise_multiplier: float, sensitivity_of: Callable[[int], int], finest: int) -> tuple[int, int]:
@@ -27,3 +27,29 @@ def finest_scale(noise_multiplier: float, sensitivity_of: Callable[[int], int], 
             if scale <= 1:
                 raise
             scale >>= 1
+
+
+def noised_lattice(
+    clip_norm: float, noise_multiplier: float, elements: int, *, finest: int, apart: int = 1
+) -> tuple[Lattice, int]:
+    """The finest lattice for vectors of norm `clip_norm` on which their noise can be drawn, and its variance there.
+
+    Public, and the same for everybody who asks with the same numbers: who adds the noise, and who judges its length.
+
+    Args:
+        clip_norm: C; finite, > 0.
+        noise_multiplier: z, the noise's standard deviation in units of how far neighbours lie apart; > 0.
+        elements: of a vector; from 1.
+        finest: the largest scale to take, a power of two: `lattice.UPDATE_SCALE` or `lattice.SAMPLE_SCALE`.
+        apart: how many times the lattice's sensitivity two neighbours differ by: 2 where a unit is replaced.
+
+    Returns:
+        The lattice, and sigma^2 = ceil((z apart D)^2) in squared steps.
+
+    Raises:
+        ValueError: no lattice takes so much noise.
+    """
+    scale, variance = finest_scale(
+        noise_multiplier, lambda steps: apart * Lattice(clip_norm, steps, elements).sensitivity, finest
+    )
+    return Lattice(clip_norm, scale, elements), variance

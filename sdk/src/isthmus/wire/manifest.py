@@ -89,6 +89,11 @@ class Manifest(Request):
         """The tensors that the updates move, by name, in canonical order."""
         return {name: self.tensors[name] for name in self.names() if self.tensors[name].rule is AggregationRule.MEAN}
 
+    @property
+    def averaged_elements(self) -> int:
+        """How many numbers the updates move: each of them is noised, where there is noise."""
+        return sum(tensor.elements for tensor in self.averaged().values())
+
 
 def update_manifest(model: Manifest) -> Manifest:
     """What an update of `model` holds: the averaged tensors under the same names; F16 travels as F32.

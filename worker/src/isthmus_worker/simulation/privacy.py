@@ -6,7 +6,7 @@ from isthmus.federation.cohort import ParticipationKey
 from isthmus.privacy.cost import Cost
 from isthmus.privacy.planning import PlanImpossible, plan_of, round_cost
 from isthmus.wire.jobs import JobSpec
-from isthmus.wire.manifest import Manifest, update_manifest
+from isthmus.wire.manifest import Manifest
 from isthmus.wire.privacy import PrivacyPlan
 from isthmus_worker.simulation.clients import ClientsRefused
 
@@ -22,7 +22,7 @@ def plans_of(spec: JobSpec, rows: Mapping[ParticipationKey, int], model: Manifes
     found = {}
     for key, held in rows.items():
         try:
-            found[key] = plan_of(spec, held, elements_of(model))
+            found[key] = plan_of(spec, held, model.averaged_elements)
         except PlanImpossible as impossible:
             raise ClientsRefused(f"{key.organization}/{key.dataset}: {impossible}.") from None
     return found
@@ -40,14 +40,9 @@ def spent(
         model: the model's manifest.
     """
     costs = {key: Cost.zero() for key, plan in plans.items() if plan is not None}
-    elements = elements_of(model)
+    elements = model.averaged_elements
     for number, cohort in rounds:
         for key in cohort:
             if (plan := plans[key]) is not None:
                 costs[key] = costs[key] + round_cost(spec, plan, number, elements)
     return {key: cost.epsilon(spec.privacy.claimed_delta) for key, cost in costs.items()}
-
-
-def elements_of(model: Manifest) -> int:
-    """The numbers of an update, each of which is noised."""
-    return sum(tensor.elements for tensor in update_manifest(model).tensors.values())
