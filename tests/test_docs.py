@@ -296,6 +296,37 @@ def test_a_page_stands_alone(page: Path) -> None:
     assert not re.search(r"\.\./shared|/work\b|shared/design|issue #?\d|localhost:\d{5}", text_of(page))
 
 
+# --- Tests that are named --------------------------------------------------------------------------------------------
+
+
+def named_tests() -> list[tuple[str, str]]:
+    """(file, function) of every test that a page names as its proof."""
+    found = set()
+    for page in sorted(DOCS.glob("*.md")):
+        found |= set(re.findall(r"\b(tests/[\w./-]+\.py)::(\w+)", text_of(page)))
+    return sorted(found)
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    named_here = named_tests()
+
+    assert len(named_here) >= 14
+    for file, name in named_here:
+        assert (ROOT / file).is_file(), f"{file} is named and not there"
+        functions = {node.name for node in ast.parse(text_of(file)).body if isinstance(node, ast.FunctionDef)}
+        assert name in functions, f"{file} has no test {name}"
+
+
+def test_each_mistake_that_others_make_has_a_test_that_shows_ours_right() -> None:
+    rows = rows_after("docs/privacy.md", "mistakes")
+
+    assert len(rows) >= 14
+    for mistake, instead, proof in rows:
+        assert mistake, proof
+        assert instead, mistake
+        assert re.search(r"`tests/[\w./]+\.py::test_\w+`", proof), mistake
+
+
 # --- Examples --------------------------------------------------------------------------------------------------------
 
 

@@ -19,8 +19,8 @@ def nothing() -> list[int]:
 class Ledger(Base):
     """The budget of one organization's data, under whatever names and lineages it is announced.
 
-    `lineage` is that of its first dataset, and stands in all its entries. Sums and head change only with an entry, which
-    a trigger sees to; and Postgres itself refuses an entry after which no order would keep the budget. Costs are Rényi
+    `lineage` is that of its first dataset and stands in all its entries. Sums and head change only with an entry, as a
+    trigger sees; Postgres itself refuses an entry after which no order would keep the budget. Costs are Rényi
     divergences in billionths at the orders of `orders_version`.
     """
 

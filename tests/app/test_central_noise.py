@@ -21,6 +21,7 @@ from isthmus.wire.ledger import LedgerKind
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import RoundPhase
 from tests.app.test_budgets import ELEMENTS, ROWS, cost_of, entries, holding, total
+from tests.app.test_deadlines import HalfAnUpload
 from tests.app.test_grants import part_of
 from tests.federation import CENTRAL, UNIFORM, Federation, filled, job_spec, round_id_of
 from tests.running import refused
@@ -234,6 +235,26 @@ def test_an_update_that_was_withdrawn_before_the_freeze_is_not_told_by_its_diges
     (excluded,) = (event for event in events if event.kind is EventKind.UPDATE_EXCLUDED)
     assert excluded.data["digest"] is None
     assert all(receipt.digest not in str(event.data) for event in quiet.platform.admin.events.list(f"job:{job.id}"))
+
+
+@pytest.mark.parametrize("received", [True, False], ids=["accepted", "in mid-upload"])
+def test_what_is_withdrawn_before_the_freeze_is_given_back_whole(federation: Federation, received: bool) -> None:
+    """Without central noise the release was spent when it was admitted, and would stay spent."""
+    job = federation.start(central_spec())
+    site = federation.sites[0]
+    offer = site.claim()
+    upload = None if received else HalfAnUpload(site, offer, 0.1)
+    if received:
+        site.hand_in(offer, UPDATE)
+
+    site.steward.participations.withdraw(part_of(site, job).id, WithdrawParticipation(note="a patient asked"))
+
+    assert upload is None or b"grant-withdrawn" in upload.finish()
+    federation.until(lambda: entries(site, LedgerKind.REFUND))
+
+    assert [entry.kind for entry in entries(site)] == [LedgerKind.RESERVE, LedgerKind.REFUND]
+    assert total(site, LedgerKind.REFUND) == cost_of(central_spec())
+    assert federation.blobs("updates") == []
 
 
 def test_a_ledger_closed_before_the_sum_ends_the_round_before_any_noise_is_drawn(quiet: Federation) -> None:

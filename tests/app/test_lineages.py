@@ -6,6 +6,7 @@ import pytest
 
 from isthmus.client import Client, Refused
 from isthmus.wire.datasets import Budget, DatasetState, DatasetView
+from isthmus.wire.jobs import JobState
 from isthmus.wire.ledger import BudgetView
 from isthmus.wire.problems import ProblemCode
 from tests.federation import OPEN, RECORD, Federation, Site, initial, job_spec
@@ -228,6 +229,35 @@ def test_a_budget_that_was_kept_is_the_smallest_of_all_names_that_draw_on_it(fed
     site.announce("cardiology", lineage=FRESH, rows=ROWS, policy=small)
 
     assert budget_of(site).epsilon == 0.5
+
+
+def test_a_small_budget_counts_once_its_dataset_is_confirmed_and_takes_nothing_from_others_before(
+    federation: Federation,
+) -> None:
+    site = federation.sites[0]
+    running = federation.start(job_spec(privacy=RECORD))
+    before = budget_of(site)
+    assert before.reserved_epsilon > 0
+    tiny = OPEN.model_copy(update={"budget": Budget(epsilon=0.01)})
+    another = site.platform.worker(site.organization)
+
+    second = site.platform.announce(another, "cardiology", lineage=site.dataset.lineage, rows=ROWS, policy=tiny)
+
+    assert (second.state, set(ledgers(site).values())) == (DatasetState.ANNOUNCED, {site.dataset.lineage})
+    assert budget_of(site) == budget_of(site, second) == before
+    assert not before.closed
+    for each in federation.sites:
+        each.hand_in(each.claim(), initial())
+    assert federation.finish(running).state is JobState.COMPLETED
+    spent = spent_by_a_job(federation)
+    assert spent > 0.01
+
+    site.steward.datasets.confirm(second.id)
+
+    lowered = budget_of(site)
+    assert (lowered.epsilon, lowered.closed, lowered.spent_epsilon) == (0.01, True, spent)
+    site.steward.datasets.retire(second.id)
+    assert (budget_of(site).epsilon, budget_of(site).closed) == (before.epsilon, False)
 
 
 def test_a_researcher_is_not_told_with_which_lineage_a_ledger_began(federation: Federation) -> None:

@@ -102,6 +102,21 @@ def test_the_update_of_an_organization_is_noised_here_where_the_job_says_so(tmp_
     assert np.linalg.norm(np.concatenate([array.ravel() for array in one.values()])) > 1.0  # the clip
 
 
+def test_what_is_clipped_is_what_training_changed_and_not_the_weights(tmp_path: Path) -> None:
+    clip = 0.1
+    spec = make_local_spec(
+        privacy={**LOCAL["privacy"], "where": "central", "clip_norm": clip},
+        training={"optimizer": {"sgd": {"lr": 1e-6}}, "batch_size": 8},
+    )
+    weights = np.concatenate([array.ravel() for array in decode(make_model(spec)[0]).values()])
+    assert np.linalg.norm(weights) > 5 * clip
+
+    _, leaving = done(tmp_path, make_offer(spec, 1))
+
+    changed = np.linalg.norm(np.concatenate([array.ravel() for array in leaving.values()]))
+    assert 0 < changed < clip / 2, "so small a change is left as it is; clipped weights would be as long as the bound"
+
+
 UNFIT = [
     ["1e400", "x", "unlisted", "1"],
     ["", "", "", "0"],

@@ -15,7 +15,9 @@ from isthmus.privacy.events import (
     Together,
     rdp_of,
 )
+from isthmus.privacy.planning import plan_of
 from isthmus.privacy.reporting import NoReference, analytic_gaussian_epsilon, pld_epsilon, rdp_epsilon_reference
+from isthmus.testing import sample_spec
 
 MNIST = 256 / 60_000
 
@@ -28,6 +30,22 @@ def test_the_closed_form_is_balle_and_wangs() -> None:
         assert get_sigma_gaussian(epsilon, 1e-6) == pytest.approx(sigma, abs=1e-7)
     for epsilon, sigma in [(1, 3.7306316), (3, 1.3905935), (10, 0.4998886)]:
         assert analytic_gaussian_epsilon(sigma, 1e-5) == pytest.approx(epsilon, abs=1e-6)
+
+
+def test_the_classical_formula_is_not_enough_where_epsilon_is_above_one_and_ours_is() -> None:
+    """sqrt(2 ln(1.25 / delta)) / epsilon is proved for epsilon below 1 (Dwork and Roth 2014, appendix A)."""
+    epsilon, delta, needed = 10.0, 1e-5, 0.4998886
+    classical = math.sqrt(2 * math.log(1.25 / delta)) / epsilon
+    assert classical == pytest.approx(0.4845, abs=1e-4)
+    assert analytic_gaussian_epsilon(classical, delta) == pytest.approx(10.4, abs=0.1)
+    assert classical < needed
+
+    privacy = {"unit": "organization", "where": "local", "epsilon": epsilon, "delta": delta, "clip_norm": 1.0}
+    plan = plan_of(sample_spec(privacy=privacy, strategy={"fedavg": {"weights": "uniform"}}, rounds=1), 300, 6)
+
+    assert plan is not None
+    assert plan.noise_multiplier >= needed
+    assert analytic_gaussian_epsilon(plan.noise_multiplier, delta) <= epsilon
 
 
 def test_loss_distributions_agree_with_the_closed_form_where_it_is_exact() -> None:
