@@ -93,13 +93,10 @@ def invalid(error: RequestValidationError | ValidationError) -> Problem:
     """The refusal of a body, a path or a query that does not fit, with every field that is wrong."""
     found = error.errors()
     fields = [FieldProblem(field=_field(tuple(item["loc"])), message=_message(item["msg"])) for item in found]
-    code = ProblemCode.INVALID_REQUEST
-    if any(item["type"] == ProblemCode.SECURE_AGGREGATION_NOT_AVAILABLE.value for item in found):
-        code = ProblemCode.SECURE_AGGREGATION_NOT_AVAILABLE
     detail = "; ".join(f"{field.field}: {field.message}" for field in fields[:3])
     if len(fields) > 3:
         detail += f"; and {len(fields) - 3} more"
-    return problem(code, detail, errors=fields)
+    return problem(ProblemCode.INVALID_REQUEST, detail, errors=fields)
 
 
 async def _platform_error(request: Request, error: Exception) -> JSONResponse:

@@ -70,9 +70,7 @@ _TENSORS: dict[int | str, dict[str, Any]] = {
     "/jobs",
     status_code=201,
     summary="Draft a job",
-    responses=refuses(
-        ProblemCode.SECURE_AGGREGATION_NOT_AVAILABLE, ProblemCode.IDEMPOTENCY_CONFLICT, ProblemCode.BODY_TOO_LARGE
-    ),
+    responses=refuses(ProblemCode.IDEMPOTENCY_CONFLICT, ProblemCode.BODY_TOO_LARGE),
 )
 async def create_job(body: CreateJob, caller: JobWriter, session: Transaction, once: Repeatable) -> JobView:
     """Draft a federated training job. Upload its initial model and start it to set it going."""

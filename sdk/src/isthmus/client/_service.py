@@ -109,7 +109,7 @@ class Service:
         repeatable: bool | None = None,
         timeout_s: float | None = None,
         headers: Mapping[str, str] | None = None,
-        content: Callable[[], Iterator[bytes]] | None = None,
+        content: Callable[[], Iterator[bytes] | bytes] | None = None,
     ) -> Answer:
         """Send, repeat as `Retries` allows, and give the answer if it is of 2xx. `content` is begun anew each time."""
         sent = dict(headers or {})

@@ -25,7 +25,8 @@ from isthmus.wire.rounds import (
     TaskView,
     UpdateReceipt,
 )
-from isthmus.wire.version import DIGEST_HEADER, FENCE_HEADER, TENSORS_MEDIA_TYPE
+from isthmus.wire.secured import Step
+from isthmus.wire.version import DIGEST_HEADER, FENCE_HEADER, SECAGG_MEDIA_TYPE, TENSORS_MEDIA_TYPE
 
 UPDATE_TIMEOUT_S: Final = 120.0
 """For a wait of the socket while an update is handed in: the service makes it durable before it answers."""
@@ -73,6 +74,26 @@ class Tasks:
     def fail(self, task_id: UUID, body: FailTask) -> TaskView:
         """The work broke."""
         return self._service.ask("POST", f"tasks/{task_id}/fail", TaskView, body)
+
+    def exchange(self, task_id: UUID, step: Step, message: bytes, *, fence: int, wait_s: int = 30) -> bytes | None:
+        """Send my message for a step of a secured round, and wait up to `wait_s` for what its closing gives.
+
+        Repeating the call with the same message is safe; another one for the same step is refused.
+
+        Returns:
+            The answer's bytes (see `isthmus.secagg.messages`); None: the step is still open, so call again.
+        """
+        route = f"tasks/{task_id}/steps/{step.value}"
+        answer = self._service.send(
+            "POST",
+            route,
+            query={"wait": wait_s},
+            headers={"Content-Type": SECAGG_MEDIA_TYPE, FENCE_HEADER: str(fence)},
+            content=lambda: message,
+            repeatable=True,
+            timeout_s=wait_s + self._service.timeout_s,
+        )
+        return None if answer.status == 202 else answer.body
 
     def download_model(self, model: ModelReference, path: Path, *, progress: Progress | None = None) -> str:
         """Write the round's model to `path` once its bytes have the digest that the offer names.

@@ -55,6 +55,12 @@ class EventKind(StrEnum):
     TASK_FAILED = "task-failed"
     LEASE_LOST = "lease-lost"
     ROUND_FROZEN = "round-frozen"
+    KEYS_CLOSED = "keys-closed"  # secured rounds: who sent keys, and who did not
+    SHARES_CLOSED = "shares-closed"
+    SURVIVORS_SIGNED = "survivors-signed"  # enough signed one set: unmasking is open
+    UNMASKED = "unmasked"  # enough shares are in
+    SHARES_WRONG = "shares-wrong"  # they do not open what they should: more are waited for
+    ATTEMPT_ABORTED = "attempt-aborted"  # nothing was learned; a new attempt has new keys
     ROUND_COMPLETED = "round-completed"
     ROUND_FAILED = "round-failed"
     ROUND_CANCELLED = "round-cancelled"

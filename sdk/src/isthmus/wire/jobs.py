@@ -12,7 +12,8 @@ from isthmus.wire.base import Digest, Finite, Label, Name, Request, Response
 from isthmus.wire.data import DataSpec, FeatureStatistics
 from isthmus.wire.manifest import Manifest
 from isthmus.wire.models import ModelSpec
-from isthmus.wire.privacy import NoiseMultiplier, PrivacySpec, PrivacyUnit
+from isthmus.wire.privacy import NoiseMultiplier, NoisePlace, PrivacySpec, PrivacyUnit
+from isthmus.wire.secured import SMALLEST_COHORT, SecureAggregation
 from isthmus.wire.strategies import FedAvg, StrategySpec, Weighting
 
 Seconds = Annotated[Finite, Field(ge=0, le=30 * 86400)]
@@ -116,7 +117,8 @@ class EvaluationSpec(Request):
     every: int = Field(default=1, ge=0, le=1_000_000)
     """Measure the round's model at every so many rounds; 0: only the final model is measured."""
     release: EvaluationRelease | None = None
-    """None: `exact` without privacy, `local` with it. `noised` releases counts of held-out records, and no loss."""
+    """None: `exact` without privacy and secure aggregation, else `local`. `noised` releases counts of held-out records,
+    and no loss."""
     noise_multiplier: NoiseMultiplier | None = None
     """Noise of `release: noised`. None: a tenth of the job's target epsilon goes to it."""
 
@@ -139,6 +141,7 @@ class JobSpec(Request):
     strategy: StrategySpec = FedAvg()
     cohort: CohortSpec = CohortSpec()
     privacy: PrivacySpec
+    secure_aggregation: SecureAggregation = None
     rounds: int = Field(ge=1, le=1_000_000)
     evaluation: EvaluationSpec = EvaluationSpec()
     seed: Digest | None = None
@@ -158,6 +161,81 @@ class JobSpec(Request):
                     f"the data section wants {[self.data.outputs]}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _secure_aggregation_can_hide(self) -> "JobSpec":
+        """What would show a single update, or cannot be summed, is refused here."""
+        secured = self.secure_aggregation
+        if secured is None:
+            if self.privacy.where is NoisePlace.DISTRIBUTED:
+                raise ValueError(
+                    "where: distributed adds up shares of noise under secure aggregation: write "
+                    "secure_aggregation: true beside privacy"
+                )
+            return self
+        if self.privacy.where is NoisePlace.CENTRAL:
+            raise ValueError(
+                "where: central has the service clip every single update, which secure aggregation hides from it: use "
+                "where: distributed"
+            )
+        if self.strategy.needs_single_updates:
+            raise ValueError(
+                f"strategy {self.strategy.kind!r} needs the single updates, of which secure aggregation shows only the "
+                "sum: use fedavg, fedavgm or fedadam"
+            )
+        if self.evaluation.release is EvaluationRelease.EXACT:
+            raise ValueError(
+                "evaluation.release 'exact' sends every site's own numbers beside the hidden sum: use local (kept at "
+                "the site), or noised with unit: record"
+            )
+        if self.privacy.unit is PrivacyUnit.NONE and self.measures_statistics:
+            raise ValueError(
+                "standardize: federated sends every site's own statistics beside the hidden sum: use standardize: none "
+                "with numbers that are scaled before, or unit: record, which noises them"
+            )
+        if self.model.layers is not None and self.model.mixes_records:
+            raise ValueError(
+                "batch_norm does not go with secure aggregation: rounding to whole numbers can turn a variance "
+                "negative; use group_norm"
+            )
+        if self.cohort.min_updates < SMALLEST_COHORT:
+            raise ValueError(
+                f"secure aggregation needs cohort.min_updates of {SMALLEST_COHORT} at least: the sum of two updates "
+                "tells each of the two the other's"
+            )
+        if 3 * secured.max_colluding >= self.cohort.min_updates and secured.max_colluding:
+            raise ValueError(
+                f"secure_aggregation.max_colluding {secured.max_colluding} is not below a third of min_updates "
+                f"{self.cohort.min_updates}: no such protocol holds against so many"
+            )
+        self._secured_updates_are_bounded()
+        return self
+
+    def _secured_updates_are_bounded(self) -> None:
+        assert self.secure_aggregation is not None, "asked by the caller"
+        own = self.secure_aggregation.clip_norm
+        if self.privacy.unit is PrivacyUnit.ORGANIZATION and own is not None:
+            raise ValueError(
+                "secure_aggregation.clip_norm is for unit none and record: unit organization is clipped to "
+                "privacy.clip_norm"
+            )
+        if self.privacy.unit is PrivacyUnit.RECORD and own is None:
+            raise ValueError(
+                "secure aggregation needs a bound on the whole update, and privacy.clip_norm of unit record bounds "
+                "gradients: write secure_aggregation: {clip_norm: 10}, or what a round's update never exceeds"
+            )
+        if self.update_bound is None:
+            raise ValueError(
+                "secure aggregation needs a bound on the whole update: write privacy: {unit: none, clip_norm: 10}, or "
+                "what a round's update never exceeds"
+            )
+
+    @property
+    def update_bound(self) -> float | None:
+        """L2 norm to which the whole update is clipped, where it is clipped at all."""
+        if self.secure_aggregation is not None and self.secure_aggregation.clip_norm is not None:
+            return self.secure_aggregation.clip_norm
+        return None if self.privacy.unit is PrivacyUnit.RECORD else self.privacy.clip_norm
 
     @model_validator(mode="after")
     def _privacy_can_hold(self) -> "JobSpec":
@@ -238,7 +316,8 @@ class JobSpec(Request):
         """What sites tell of their evaluations, with the default filled in."""
         if self.evaluation.release is not None:
             return self.evaluation.release
-        return EvaluationRelease.EXACT if self.privacy.unit is PrivacyUnit.NONE else EvaluationRelease.LOCAL
+        exact = self.privacy.unit is PrivacyUnit.NONE and self.secure_aggregation is None
+        return EvaluationRelease.EXACT if exact else EvaluationRelease.LOCAL
 
     @property
     def releases_exact_metrics(self) -> bool:

@@ -7,10 +7,8 @@ from typing import Annotated, Any, Final
 from uuid import UUID
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from isthmus.wire.base import Finite, Request, Response
-from isthmus.wire.problems import ProblemCode
 
 LARGEST_EPSILON: Final = 100.0
 SMALLEST_EPSILON: Final = 0.01
@@ -113,16 +111,12 @@ class PrivacySpec(Request):
             raise ValueError("where is for unit organization: noise for records is added by each worker, in every step")
         if self.unit is PrivacyUnit.ORGANIZATION:
             if self.where is None:
-                raise ValueError("unit organization needs where: central (the service adds the noise) or local")
+                raise ValueError(
+                    "unit organization needs where: central (the service adds the noise), local (each worker), or "
+                    "distributed (a share at each worker, with secure_aggregation: true)"
+                )
             if self.statistics_noise_multiplier is not None:
                 raise ValueError("statistics_noise_multiplier is for unit record")
-            if self.where is NoisePlace.DISTRIBUTED:
-                raise PydanticCustomError(
-                    ProblemCode.SECURE_AGGREGATION_NOT_AVAILABLE.value,
-                    "privacy.where 'distributed' needs secure aggregation, which this version does not have. "
-                    "Use `unit: record`, or `where: central` or `local`.",
-                    {},
-                )
 
     @property
     def mode(self) -> PrivacyMode:

@@ -21,7 +21,6 @@ class ProblemCode(StrEnum):
     ENROLLMENT_REFUSED = "enrollment-refused"
     # what is asked
     INVALID_REQUEST = "invalid-request"
-    SECURE_AGGREGATION_NOT_AVAILABLE = "secure-aggregation-not-available"
     POLICY_SIGNATURE_INVALID = "policy-signature-invalid"
     BODY_TOO_LARGE = "body-too-large"
     LENGTH_REQUIRED = "length-required"
@@ -51,6 +50,9 @@ class ProblemCode(StrEnum):
     ROUND_NOT_COLLECTING = "round-not-collecting"
     GRANT_WITHDRAWN = "grant-withdrawn"
     UPDATE_CONFLICT = "update-conflict"
+    STEP_CLOSED = "step-closed"
+    STEP_CONFLICT = "step-conflict"
+    MESSAGE_INVALID = "message-invalid"
     DIGEST_MISMATCH = "digest-mismatch"
     LENGTH_MISMATCH = "length-mismatch"
     NOT_SAFETENSORS = "not-safetensors"
@@ -80,7 +82,6 @@ PROBLEMS: Final[Mapping[ProblemCode, ProblemSpec]] = MappingProxyType(
         ProblemCode.METHOD_NOT_ALLOWED: ProblemSpec(405, "This address does not take that method"),
         ProblemCode.ENROLLMENT_REFUSED: ProblemSpec(403, "The enrolment token is not valid"),
         ProblemCode.INVALID_REQUEST: ProblemSpec(422, "The request does not fit the contract"),
-        ProblemCode.SECURE_AGGREGATION_NOT_AVAILABLE: ProblemSpec(422, "This version has no secure aggregation"),
         ProblemCode.POLICY_SIGNATURE_INVALID: ProblemSpec(422, "The policy is not signed by the dataset's worker"),
         ProblemCode.BODY_TOO_LARGE: ProblemSpec(413, "The body is larger than allowed"),
         ProblemCode.LENGTH_REQUIRED: ProblemSpec(411, "The request must state its Content-Length"),
@@ -108,6 +109,9 @@ PROBLEMS: Final[Mapping[ProblemCode, ProblemSpec]] = MappingProxyType(
         ProblemCode.ROUND_NOT_COLLECTING: ProblemSpec(409, "The round takes no updates"),
         ProblemCode.GRANT_WITHDRAWN: ProblemSpec(409, "The grant no longer holds"),
         ProblemCode.UPDATE_CONFLICT: ProblemSpec(409, "Another update was handed in or admitted for this task"),
+        ProblemCode.STEP_CLOSED: ProblemSpec(409, "The step closed without this worker"),
+        ProblemCode.STEP_CONFLICT: ProblemSpec(409, "Another message was sent for this step"),
+        ProblemCode.MESSAGE_INVALID: ProblemSpec(422, "The message is not one that this step takes"),
         ProblemCode.DIGEST_MISMATCH: ProblemSpec(422, "The body does not have the digest that was declared"),
         ProblemCode.LENGTH_MISMATCH: ProblemSpec(422, "The body does not have the length that was declared"),
         ProblemCode.NOT_SAFETENSORS: ProblemSpec(422, "The body is not well-formed safetensors"),

@@ -10,8 +10,9 @@ from pydantic import ConfigDict, Field, StringConstraints
 from isthmus.wire.base import Digest, Finite, Request, Response, canonical_json
 from isthmus.wire.data import FeatureStatistics
 from isthmus.wire.jobs import EvaluationRelease, JobSpec
-from isthmus.wire.manifest import DType, Manifest, TensorSpec, update_manifest
+from isthmus.wire.manifest import AggregationRule, DType, Manifest, TensorSpec, update_manifest
 from isthmus.wire.privacy import PrivacyPlan
+from isthmus.wire.secured import MASKED, SecuredOffer, SecuredRound
 
 LARGEST_FENCE: Final = 1 << 53
 Span = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
@@ -32,10 +33,16 @@ class RoundPhase(StrEnum):
     """Where a round stands."""
 
     COLLECTING = "collecting"
+    SURVIVORS = "survivors"  # secured: all sign the one set of those who are in the sum
+    UNMASKING = "unmasking"  # secured: shares of what has to be taken off the sum come in
     AGGREGATING = "aggregating"
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+
+OPEN_PHASES: Final = (RoundPhase.COLLECTING, RoundPhase.SURVIVORS, RoundPhase.UNMASKING, RoundPhase.AGGREGATING)
+"""A round in one of these is not over."""
 
 
 class TaskState(StrEnum):
@@ -96,7 +103,11 @@ def task_manifest(kind: TaskKind, spec: JobSpec, number: int, model: Manifest) -
         return Manifest(tensors={**tensors, f"{STATISTICS_PREFIX}rows": _scalar()})
     if kind is TaskKind.EVALUATE:
         return Manifest(tensors=_released_measures(spec))
-    tensors = dict(update_manifest(model).tensors)
+    if spec.secure_aggregation is None:
+        tensors = dict(update_manifest(model).tensors)
+    else:
+        shape = (model.averaged_elements,)
+        tensors = {MASKED: TensorSpec(dtype=DType.U32, shape=shape, rule=AggregationRule.KEEP)}
     if spec.releases_exact_metrics:
         tensors[f"{METRICS_PREFIX}train/loss"] = _scalar()
         tensors[f"{METRICS_PREFIX}train/examples"] = _scalar()
@@ -155,6 +166,8 @@ class TaskOffer(Response):
     statistics: FeatureStatistics | None
     plan: PrivacyPlan | None
     """How the job's privacy section is met at this dataset; None: the job claims none."""
+    secured: SecuredOffer | None = None
+    """Of a training round under secure aggregation."""
 
 
 class TaskView(Response):
@@ -270,6 +283,8 @@ class RoundView(Response):
     opened_at: datetime
     closes_at: datetime
     completed_at: datetime | None
+    secured: SecuredRound | None = None
+    """Of a training round under secure aggregation, while it is open."""
     tasks: list[TaskView]
     updates: list[UpdateView]
 

@@ -1,7 +1,7 @@
 """How a round's updates become the next model, as a job declares it."""
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -18,7 +18,14 @@ class Weighting(StrEnum):
     UNIFORM = "uniform"
 
 
-class FedAvg(Request):
+class _OfTheMean(Request):
+    """A strategy that moves the model by the mean of the updates, and never looks at a single one."""
+
+    needs_single_updates: ClassVar[bool] = False
+    """Whether the mean is not enough (a median, say): secure aggregation shows no more."""
+
+
+class FedAvg(_OfTheMean):
     """model + lr * mean. Source: McMahan et al. 2017, https://arxiv.org/abs/1602.05629"""
 
     kind: Literal["fedavg"] = "fedavg"
@@ -26,7 +33,7 @@ class FedAvg(Request):
     lr: Rate = 1.0
 
 
-class FedAvgM(Request):
+class FedAvgM(_OfTheMean):
     """Server momentum: v = momentum * v + mean; model + lr * v. Source: Hsu et al. 2019, https://arxiv.org/abs/1909.06335"""
 
     kind: Literal["fedavgm"] = "fedavgm"
@@ -35,7 +42,7 @@ class FedAvgM(Request):
     momentum: Decay = 0.9
 
 
-class FedAdam(Request):
+class FedAdam(_OfTheMean):
     """Server Adam over the mean update, without bias correction. Source: Reddi et al. 2021, https://arxiv.org/abs/2003.00295"""
 
     kind: Literal["fedadam"] = "fedadam"

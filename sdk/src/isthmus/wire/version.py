@@ -6,6 +6,7 @@ API_PREFIX: Final = "/v1"
 CONTRACT_VERSION: Final = "1.0"
 
 TENSORS_MEDIA_TYPE: Final = "application/vnd.safetensors"
+SECAGG_MEDIA_TYPE: Final = "application/vnd.isthmus.secagg"
 PROBLEM_MEDIA_TYPE: Final = "application/problem+json"
 EVENTS_MEDIA_TYPE: Final = "text/event-stream"
 
