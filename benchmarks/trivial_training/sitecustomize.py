@@ -1,5 +1,7 @@
 """Python runs this at start where this folder is on PYTHONPATH: it makes the worker's training return at once.
 
+A job of more than one epoch waits a second for each that goes beyond: training that takes its time, and no processor.
+
 Everything else stays the worker's own: the child process, the data, the module, the difference, the protection, the
 encoding. When `isthmus_worker.work` is imported, its function `train` is replaced by one that shifts every parameter
 by an amount drawn from the task's seed, so that no two updates hold the same bytes. The service imports no such module.
@@ -9,6 +11,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import time
 from types import ModuleType
 
 PATCHED = "isthmus_worker.work"
@@ -49,6 +52,10 @@ def train_trivially(model, examples, spec, *, record_shape, seed, tell):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(amount)
+    ends = time.monotonic() + spec.epochs - 1
+    while (left := ends - time.monotonic()) > 0:
+        tell(0.5)
+        time.sleep(min(left, 0.1))
     tell(1.0)
     return abs(amount)
 

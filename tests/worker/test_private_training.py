@@ -22,6 +22,7 @@ from isthmus_worker.private_training import chosen_records, train_privately
 from tests.worker.test_gradients import LAYERS
 
 CLASSIFIER = [{"linear": {"in": 3, "out": 8}}, "tanh", {"dropout": {"p": 0.1}}, {"linear": {"in": 8, "out": 2}}]
+UNSHAKEN = [layer for layer in CLASSIFIER if "dropout" not in layer]
 WIDE = [{"linear": {"in": 3, "out": 20_000}}, {"linear": {"in": 20_000, "out": 2}}]
 
 
@@ -150,6 +151,14 @@ def test_neither_the_seed_nor_torchs_generator_decides_noise_coins_or_dropout() 
     plan = plan_of(share=0.5, batch=20.0)
     one, other = (trained(examples_of(40), plan)[0] for _ in range(2))  # the generator is seeded alike before both
     assert (one != other).mean() > 0.99
+    one, other = (trained(examples_of(40), plan_of(), layers=UNSHAKEN)[0] for _ in range(2))  # nothing but noise
+    assert (one != other).mean() > 0.99
+
+
+def test_coins_are_secret_too(sums: list[NDArray[np.int64]]) -> None:
+    for _ in range(2):
+        trained(examples_of(40), plan_of(share=0.5, batch=20.0), layers=UNSHAKEN)
+    assert not np.array_equal(*sums)
 
 
 def test_dropout_is_secret_too(sums: list[NDArray[np.int64]]) -> None:
@@ -242,6 +251,23 @@ def test_each_record_takes_part_by_a_coin_of_its_own() -> None:
     assert chosen_records(5, 1.0, coins).tolist() == [0, 1, 2, 3, 4]
     assert chosen_records(0, 0.5, coins).size == 0
     assert chosen_records(100_000, 1e-300, coins).size == 0
+
+
+def test_the_steps_of_training_are_drawn_by_those_coins_and_not_in_batches_of_one_size(
+    sums: list[NDArray[np.int64]],
+) -> None:
+    layers, still, rows, steps = [{"linear": {"in": 3, "out": 2}}], {"sgd": {"lr": 1e-9}}, 40, 150
+    alike = Examples(np.ones((rows, 3), np.float32), np.zeros(rows, np.int64))
+    trained(Examples(alike.inputs[:1], alike.targets[:1]), plan_of(), layers=layers, optimizer=still)
+    one = sums.pop().astype(np.float64)
+
+    trained(alike, plan_of(share=0.5, batch=20.0, steps=steps), layers=layers, optimizer=still)
+
+    sizes = np.array([taken @ one / (one @ one) for taken in sums])
+    assert sizes == pytest.approx(np.rint(sizes), abs=0.01)
+    spread = math.sqrt(rows * 0.5 * 0.5)
+    assert sizes.mean() == pytest.approx(rows / 2, abs=6 * spread / math.sqrt(steps))
+    assert sizes.std() == pytest.approx(spread, rel=6 / math.sqrt(2 * steps))
 
 
 @pytest.mark.parametrize("optimizer", [{"sgd": {"lr": 0.1, "momentum": 0.9}}, "adam", {"adamw": {"weight_decay": 0.1}}])
