@@ -425,6 +425,8 @@ def test_nothing_is_left_behind_however_it_is_ended(how: signal.Signals, tmp_pat
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        # A shell has what it runs in the background ignore SIGINT, and that is inherited: also by us, perhaps.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     children = set[int]()
