@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.database import clock
 from app.dependencies import Parts
-from app.models import IdempotencyKey, Round
+from app.models import DiscardedBlob, IdempotencyKey, Round
 from app.participations.reservations import list_over, refund
 from app.participations.schedule import expire_grant, list_expired, list_stranded, release_stranded
 from app.queue import AGGREGATE_ROUND, ROUNDS, defer
@@ -37,6 +37,8 @@ SWEEP_LOCK: Final = 0x15_74_4D_55_5357_4550
 IDEMPOTENCY_KEPT: Final = timedelta(hours=24)
 PATIENCE_MS: Final = 500
 """So long a piece of the sweep waits for a lock."""
+DISCARDED_AT_ONCE: Final = 500
+"""So many discarded blobs a sweep deletes."""
 GRACE_S: Final = 5.0
 """So long an aggregation may go on when its process ends."""
 CANCEL_AGAIN_S: Final = 2 * GRACE_S
@@ -157,9 +159,24 @@ async def sweep(parts: Parts, aggregation_retry: timedelta) -> None:
             await refund(session, job_id, participation_id)
     async with _piece(parts, "forgotten aggregations") as session:
         await _defer_forgotten_aggregations(session, parts, aggregation_retry)
+    await delete_discarded(parts)
     async with _piece(parts, "old idempotency keys") as session:
         kept = await clock(session) - IDEMPOTENCY_KEPT
         await session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < kept))
+
+
+async def delete_discarded(parts: Parts) -> None:
+    """Delete blobs that a committed transaction discarded, and that whoever committed it has not deleted."""
+    try:
+        async with parts.single_statements() as session:
+            keys = (await session.scalars(select(DiscardedBlob.key).limit(DISCARDED_AT_ONCE))).all()
+        for key in keys:
+            await parts.blobs.delete(key)
+        if keys:
+            async with parts.single_statements() as session:
+                await session.execute(delete(DiscardedBlob).where(DiscardedBlob.key.in_(keys)))
+    except Exception as error:
+        log.warning("discarded blobs were not deleted; it is tried again", error=repr(error))
 
 
 @contextlib.asynccontextmanager

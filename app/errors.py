@@ -273,6 +273,30 @@ class UpdateConflict(PlatformError):
         )
 
 
+class StepClosed(PlatformError):
+    """A step of a secured round went on without this member, or the round is over."""
+
+    code = ProblemCode.STEP_CLOSED
+
+
+class StepConflict(PlatformError):
+    """Another message than the one that is in."""
+
+    code = ProblemCode.STEP_CONFLICT
+
+    def __init__(self, step: str) -> None:
+        super().__init__(
+            f"Another message of step {step} came from this participation in this attempt: send that one again, or "
+            "wait for the next attempt."
+        )
+
+
+class StepMessageInvalid(PlatformError):
+    """Not what the step takes, or not yet."""
+
+    code = ProblemCode.MESSAGE_INVALID
+
+
 class DigestMismatch(PlatformError):
     """The body is not what its header declared."""
 

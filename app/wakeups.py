@@ -27,6 +27,8 @@ CHANGES: Final = "isthmus_changes"
 """Something of a job changed, but nothing is newly on offer: only who watches the job is woken."""
 OFFERS: Final = "isthmus_offers"
 """Tasks of a job may be on offer: the workers that they are for are woken too."""
+STEPS: Final = "isthmus_steps"
+"""A step of a secured round has closed, or its attempt is over: those are woken who wait for that."""
 RECONNECT_S: Final = 0.5
 
 
@@ -41,6 +43,11 @@ async def announce_change(session: AsyncSession, job_id: UUID, *, offers: bool =
     await session.execute(_NOTIFY, {"channel": OFFERS if offers else CHANGES, "job_id": str(job_id)})
 
 
+async def announce_step(session: AsyncSession, round_id: UUID) -> None:
+    """Tell every process, when this transaction commits, that those who wait for a step of the round should look."""
+    await session.execute(_NOTIFY, {"channel": STEPS, "job_id": str(round_id)})
+
+
 class Wakeups:
     """Listens on a direct connection and wakes the workers and event streams that wait in this process."""
 
@@ -48,9 +55,12 @@ class Wakeups:
         self._url = libpq_url(url)
         self._workers: dict[UUID, set[asyncio.Event]] = {}
         self._jobs: dict[UUID, set[asyncio.Event]] = {}
+        self._rounds: dict[UUID, set[asyncio.Event]] = {}
         self.connected = asyncio.Event()
         self.heard = 0
         """Counts what may have been news to a worker: offers announced, and connections made anew."""
+        self.steps_heard = 0
+        """As `heard`, for those who wait for a step of a secured round."""
         self.closing = False
         """Whether the process is about to end: nobody waits here any more."""
 
@@ -60,6 +70,13 @@ class Wakeups:
         It is set at once if more was heard than when the worker looked last.
         """
         return _registered(self._workers, worker_id, news=heard != self.heard)
+
+    def step(self, round_id: UUID, heard: int) -> AbstractContextManager[asyncio.Event]:
+        """An event that is set when a step of the round has closed, or its attempt is over.
+
+        It is set at once if more was heard than when the waiter looked last.
+        """
+        return _registered(self._rounds, round_id, news=heard != self.steps_heard)
 
     @contextlib.asynccontextmanager
     async def job(self, job_id: UUID) -> AsyncIterator[asyncio.Event]:
@@ -74,7 +91,11 @@ class Wakeups:
     def close(self) -> None:
         """Wake everybody, for good: who waits looks once more and is then sent away, to wait at another process."""
         self.closing = True
-        _set(event for events in (*self._workers.values(), *self._jobs.values()) for event in events)
+        self._wake_everybody()
+
+    def _wake_everybody(self) -> None:
+        waiters = (*self._workers.values(), *self._jobs.values(), *self._rounds.values())
+        _set(event for events in waiters for event in events)
 
     async def run(self) -> None:
         """Listen until cancelled; reconnect for ever."""
@@ -92,14 +113,19 @@ class Wakeups:
         async with connection:
             await connection.execute(f"LISTEN {CHANGES}")
             await connection.execute(f"LISTEN {OFFERS}")
+            await connection.execute(f"LISTEN {STEPS}")
             self.connected.set()
             self.heard += 1
-            _set(event for events in (*self._workers.values(), *self._jobs.values()) for event in events)
+            self.steps_heard += 1
+            self._wake_everybody()
             while True:
                 # The first notification is waited for; those that came with it are taken along, for one query.
                 notes = [note async for note in connection.notifies(stop_after=1)]
                 notes += [note async for note in connection.notifies(timeout=0)]
                 _set(event for note in notes for event in self._jobs.get(UUID(note.payload), ()))
+                if closed := {UUID(note.payload) for note in notes if note.channel == STEPS}:
+                    self.steps_heard += 1
+                    _set(event for round_id in closed for event in self._rounds.get(round_id, ()))
                 if offering := {UUID(note.payload) for note in notes if note.channel == OFFERS}:
                     self.heard += 1
                     await self._wake_workers(connection, offering)

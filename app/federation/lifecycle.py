@@ -6,8 +6,10 @@ enough updates are in (`TARGET_REACHED`); the deadline has come, or nobody can b
 missing tasks again (`OFFER_MISSING_AGAIN`) and keeps the updates that are in. A round that lost too many of those that
 it asked asks the others (`REFILLED`); where there are none because grants lack, its job pauses (`GRANTS_LACKING`). A
 closed round *aggregates* a frozen set; that ends in a checkpoint, or in a rejection if the set has no finite mean.
+Rounds under secure aggregation have phases of their own in between: see `app.federation.secured_lifecycle`.
 
-Nothing outside of this file decides a phase. Nothing in it reads a clock: `now` is a parameter, and it is Postgres's.
+Nothing outside of these two files decides a phase. Nothing in them reads a clock: `now` is a parameter, and it is
+Postgres's.
 """
 
 from collections.abc import Mapping
@@ -31,6 +33,13 @@ class RoundEvent(StrEnum):
     ATTEMPTS_EXHAUSTED = "attempts-exhausted"
     GRANTS_LACKING = "grants-lacking"
     REFILLED = "refilled"
+    KEYS_CLOSED = "keys-closed"
+    SHARES_CLOSED = "shares-closed"
+    SURVIVORS_FIXED = "survivors-fixed"
+    SURVIVORS_SIGNED = "survivors-signed"
+    UNMASKED = "unmasked"
+    SHARES_WRONG = "shares-wrong"
+    ATTEMPT_ABORTED = "attempt-aborted"
     AGGREGATE_STORED = "aggregate-stored"
     AGGREGATE_REJECTED = "aggregate-rejected"
     JOB_CANCELLED = "job-cancelled"
@@ -57,6 +66,23 @@ ROUND_TRANSITIONS: Final[Mapping[tuple[RoundPhase, RoundEvent], RoundPhase]] = M
         (RoundPhase.COLLECTING, RoundEvent.REFILLED): RoundPhase.COLLECTING,  # asks those that it did not ask
         (RoundPhase.COLLECTING, RoundEvent.ATTEMPTS_EXHAUSTED): RoundPhase.FAILED,
         (RoundPhase.COLLECTING, RoundEvent.JOB_CANCELLED): RoundPhase.CANCELLED,
+        # Under secure aggregation, between the first update and the sum:
+        (RoundPhase.COLLECTING, RoundEvent.KEYS_CLOSED): RoundPhase.COLLECTING,
+        (RoundPhase.COLLECTING, RoundEvent.SHARES_CLOSED): RoundPhase.COLLECTING,
+        (RoundPhase.COLLECTING, RoundEvent.SURVIVORS_FIXED): RoundPhase.SURVIVORS,
+        (RoundPhase.COLLECTING, RoundEvent.ATTEMPT_ABORTED): RoundPhase.COLLECTING,  # attempt + 1, keeps nothing
+        (RoundPhase.SURVIVORS, RoundEvent.SURVIVORS_SIGNED): RoundPhase.UNMASKING,
+        (RoundPhase.SURVIVORS, RoundEvent.ATTEMPT_ABORTED): RoundPhase.COLLECTING,
+        (RoundPhase.SURVIVORS, RoundEvent.GRANTS_LACKING): RoundPhase.SURVIVORS,
+        (RoundPhase.SURVIVORS, RoundEvent.ATTEMPTS_EXHAUSTED): RoundPhase.FAILED,
+        (RoundPhase.SURVIVORS, RoundEvent.AGGREGATE_REJECTED): RoundPhase.FAILED,  # a budget does not hold the noise
+        (RoundPhase.SURVIVORS, RoundEvent.JOB_CANCELLED): RoundPhase.CANCELLED,
+        (RoundPhase.UNMASKING, RoundEvent.UNMASKED): RoundPhase.AGGREGATING,
+        (RoundPhase.UNMASKING, RoundEvent.ATTEMPT_ABORTED): RoundPhase.COLLECTING,
+        (RoundPhase.UNMASKING, RoundEvent.GRANTS_LACKING): RoundPhase.UNMASKING,
+        (RoundPhase.UNMASKING, RoundEvent.ATTEMPTS_EXHAUSTED): RoundPhase.FAILED,
+        (RoundPhase.UNMASKING, RoundEvent.JOB_CANCELLED): RoundPhase.CANCELLED,
+        (RoundPhase.AGGREGATING, RoundEvent.SHARES_WRONG): RoundPhase.UNMASKING,  # one more answer is needed
         (RoundPhase.AGGREGATING, RoundEvent.AGGREGATE_STORED): RoundPhase.COMPLETED,
         (RoundPhase.AGGREGATING, RoundEvent.AGGREGATE_REJECTED): RoundPhase.FAILED,
         (RoundPhase.AGGREGATING, RoundEvent.JOB_CANCELLED): RoundPhase.CANCELLED,

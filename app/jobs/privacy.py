@@ -13,6 +13,7 @@ from app.errors import NotFound
 from app.jobs.queries import visible_to
 from app.jobs.references import references
 from app.models import Dataset, Job, LedgerEntry, Organization, Participation
+from app.rounds.specs import elements_in
 from isthmus.privacy.cost import Cost
 from isthmus.privacy.explaining import explanation_of
 from isthmus.privacy.planning import grant_event, round_cost
@@ -61,6 +62,8 @@ class Records:
     name: str
     state: JobState
     spec: JobSpec
+    elements: int
+    """Parameters that rounds average; 0 before the job is started, when it has no parts."""
     parts: Sequence[Part]
 
 
@@ -98,7 +101,9 @@ async def read_records(session: AsyncSession, caller: Caller, job_id: UUID) -> R
         )
         for participation, organization, dataset in rows
     ]
-    return Records(job.id, job.name, job.state, JobSpec.model_validate(job.spec), parts)
+    return Records(
+        job.id, job.name, job.state, JobSpec.model_validate(job.spec), elements_in(job) if parts else 0, parts
+    )
 
 
 async def _releases(session: AsyncSession, job_id: UUID, participations: Sequence[UUID]) -> dict[UUID, list[Releases]]:
@@ -146,7 +151,7 @@ async def report_of(records: Records) -> PrivacyReport:
     spec = records.spec
     words = explanation_of(spec)
     plans = {part.plan for part in records.parts if part.plan is not None and part.plan.epsilon <= LARGEST_REFERENCE}
-    questions = {plan: (grant_event(spec, plan, spec.rounds), plan.delta) for plan in plans}
+    questions = {plan: (grant_event(spec, plan, records.elements, spec.rounds), plan.delta) for plan in plans}
     answers = await references.answers(list(questions.values()))
     known = {plan: answers[question] for plan, question in questions.items()}
     return PrivacyReport(
@@ -187,11 +192,12 @@ def _told(spec: JobSpec, part: Part, known: Mapping[PrivacyPlan, float | None]) 
 def epsilon_spent(spec: JobSpec, plan: PrivacyPlan, releases: Iterable[Releases]) -> float | None:
     """Epsilon of what a job released of a dataset, at the job's delta; None if some cost cannot be added up any more.
 
-    Of the claim, not of the ledger: under central noise a ledger, which is of records, counts twice the sensitivity.
+    Of the claim, not of the ledger: a ledger is of records, and counts twice the sensitivity where the noise hides
+    whether an organization takes part.
     """
     total = Cost.zero()
     for alike in releases:
-        if plan.where is NoisePlace.CENTRAL:
+        if plan.where in (NoisePlace.CENTRAL, NoisePlace.DISTRIBUTED):
             total = total + round_cost(spec, plan, alike.round_number, alike.elements) * alike.count
         elif alike.cost is not None:
             total = total + alike.cost * alike.count

@@ -12,13 +12,14 @@ from app.federation.pooling import site_metrics
 from app.models import Checkpoint, Dataset, Grant, Job, Organization, Participation, Principal, Round, Task, Update
 from app.pagination import Paging, paginate
 from app.rounds.queries import find_open_round, list_tasks
+from app.rounds.secured.views import list_secured
 from isthmus.wire.base import Page
 from isthmus.wire.data import FeatureStatistics
 from isthmus.wire.jobs import JobSpec, JobState, JobView
 from isthmus.wire.manifest import Manifest
 from isthmus.wire.organizations import Role
 from isthmus.wire.privacy import NoisePlace
-from isthmus.wire.rounds import CheckpointView, RoundMetrics, RoundView, SiteMetrics, TaskKind, UpdateView
+from isthmus.wire.rounds import OPEN_PHASES, CheckpointView, RoundMetrics, RoundView, SiteMetrics, TaskKind, UpdateView
 
 
 def visible_to(caller: Caller) -> ColumnElement[bool]:
@@ -102,7 +103,7 @@ async def page_jobs(
     statement = (
         select(Job, Principal.name, Round.number)
         .join(Principal, Principal.id == Job.owner_id)
-        .outerjoin(Round, (Round.job_id == Job.id) & Round.phase.in_(("collecting", "aggregating")))
+        .outerjoin(Round, (Round.job_id == Job.id) & Round.phase.in_(OPEN_PHASES))
         .where(visible_to(caller))
     )
     if state is not None:
@@ -187,6 +188,9 @@ async def _round_views(session: AsyncSession, caller: Caller, job_id: UUID, roun
     hidden = await _hides_updates(session, caller, job_id)
     tasks = await list_tasks(session, ids, _own(caller))
     updates = await _updates(session, caller, ids)
+    is_open = [of.id for of in rounds if of.phase in OPEN_PHASES]
+    own = caller.organization if caller.role is Role.STEWARD else None
+    secured = await list_secured(session, is_open, own) if is_open else {}
     return [
         RoundView(
             id=of.id,
@@ -207,6 +211,7 @@ async def _round_views(session: AsyncSession, caller: Caller, job_id: UUID, roun
             opened_at=of.opened_at,
             closes_at=of.closes_at,
             completed_at=of.completed_at,
+            secured=secured.get(of.id),
             tasks=tasks[of.id],
             updates=[_update_view(*item, hidden=hidden) for item in updates[of.id]],
         )

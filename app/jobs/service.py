@@ -13,10 +13,10 @@ from app.database import clock
 from app.dependencies import Caller
 from app.errors import JobNotDraft, ModelMissing, NotFound
 from app.federation.lifecycle import JobEvent, advance_job
-from app.models import Checkpoint, Job, Principal, Round
+from app.models import Checkpoint, Job, Principal, Round, SecuredAttempt
 from app.participations.service import plan_ahead, request_participations
-from app.rounds.closing import cancel as close_cancelled
 from app.rounds.closing import settle
+from app.rounds.ending import cancel as close_cancelled
 from app.rounds.opening import begin_if_enough, proceed
 from app.rounds.queries import find_open_round, get_job, last_finished_number
 from app.wakeups import announce_change
@@ -142,10 +142,14 @@ async def resume(session: AsyncSession, queue: Queue, caller: Caller, job_id: UU
     append(session, job_stream(job_id), EventKind.JOB_RESUMED, at=now, actor=caller.name)
     if of is None:
         await proceed(session, job, await last_finished_number(session, job_id), now)
-    elif of.phase is RoundPhase.COLLECTING:
+    elif of.phase is not RoundPhase.AGGREGATING:
         if paused_at is not None:
+            pause = now - paused_at
+            await session.execute(update(Round).where(Round.id == of.id).values(closes_at=Round.closes_at + pause))
             await session.execute(
-                update(Round).where(Round.id == of.id).values(closes_at=Round.closes_at + (now - paused_at))
+                update(SecuredAttempt)
+                .where(SecuredAttempt.round_id == of.id)
+                .values(step_closes_at=SecuredAttempt.step_closes_at + pause)
             )
             await session.refresh(of)
         await settle(session, queue, job, of, now)

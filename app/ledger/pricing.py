@@ -32,9 +32,18 @@ FREE: Final = Price(PrivacyMode.NONE, Cost.zero(), None)
 """Of a job that claims no privacy: it costs nothing because nothing bounds it."""
 
 
-def spends_when_summed(spec: JobSpec, kind: TaskKind) -> bool:
-    """Whether the service itself adds the noise, and spends before it does: central noise, on training rounds."""
+def noises_the_sum(spec: JobSpec, kind: TaskKind) -> bool:
+    """Whether the service itself adds the noise: central noise, on training rounds. What it sums is un-noised."""
     return spec.privacy.where is NoisePlace.CENTRAL and kind is TaskKind.TRAIN
+
+
+def spends_when_summed(spec: JobSpec, kind: TaskKind) -> bool:
+    """Whether updates are spent for when they are summed, and not when they are admitted.
+
+    Noise of the service's own, and noise in shares, protect nothing but the sum: an update that is in none is hidden
+    as it was before.
+    """
+    return noises_the_sum(spec, kind) or (spec.privacy.where is NoisePlace.DISTRIBUTED and kind is TaskKind.TRAIN)
 
 
 async def plan_for(spec: JobSpec, rows: int, elements: int) -> PrivacyPlan | PlanImpossible | None:
@@ -81,7 +90,7 @@ def _remember(key: _Key, price: Price) -> None:
 
 
 def _of_round(spec: JobSpec, plan: PrivacyPlan, number: int, elements: int) -> Price:
-    event = round_event(spec, plan, number, ledger=True)
+    event = round_event(spec, plan, number, elements, ledger=True)
     return Price(
         spec.privacy.mode,
         round_cost(spec, plan, number, elements, ledger=True),
@@ -97,7 +106,7 @@ async def price_of_grant(spec: JobSpec, plan: PrivacyPlan | None, rounds: int, e
 
 
 def _of_grant(spec: JobSpec, plan: PrivacyPlan, rounds: int, elements: int) -> Price:
-    event = grant_event(spec, plan, rounds, ledger=True)
+    event = grant_event(spec, plan, elements, rounds, ledger=True)
     return Price(
         spec.privacy.mode,
         grant_cost(spec, plan, elements, rounds, ledger=True),

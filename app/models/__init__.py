@@ -4,6 +4,7 @@ from app.models.api_key import ApiKey
 from app.models.base import Base, uuid7
 from app.models.checkpoint import Checkpoint
 from app.models.dataset import Dataset
+from app.models.discarded_blob import DiscardedBlob
 from app.models.enrollment_token import EnrollmentToken
 from app.models.event import Event, EventStream
 from app.models.grant import Grant
@@ -16,12 +17,14 @@ from app.models.organization import Organization
 from app.models.participation import Participation
 from app.models.principal import Principal
 from app.models.round import Round
+from app.models.secured_attempt import SecuredAttempt
+from app.models.secured_member import SecuredMember
 from app.models.task import Task
 from app.models.update import Update
 from app.models.worker import Worker
 
 __all__ = [
-    "ApiKey", "Base", "Checkpoint", "Dataset", "EnrollmentToken", "Event", "EventStream", "Grant", "IdempotencyKey",
-    "Job", "Ledger", "LedgerEntry", "Lineage", "Organization", "Participation", "Principal", "Round", "Task", "Update",
-    "Worker", "uuid7",
+    "ApiKey", "Base", "Checkpoint", "Dataset", "DiscardedBlob", "EnrollmentToken", "Event", "EventStream", "Grant",
+    "IdempotencyKey", "Job", "Ledger", "LedgerEntry", "Lineage", "Organization", "Participation", "Principal", "Round",
+    "SecuredAttempt", "SecuredMember", "Task", "Update", "Worker", "uuid7",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Passes of a job."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import CheckConstraint, ForeignKey, Index, UniqueConstraint, text
@@ -9,6 +9,8 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models.base import Base, uuid7
 from isthmus.wire.rounds import RoundPhase, TaskKind
+
+_OPEN: Final = "phase IN ('collecting', 'survivors', 'unmasking', 'aggregating')"  # OPEN_PHASES
 
 
 class Round(Base):
@@ -21,9 +23,9 @@ class Round(Base):
             "uq_rounds_one_open_a_job",
             "job_id",
             unique=True,
-            postgresql_where=text("phase IN ('collecting', 'aggregating')"),
+            postgresql_where=text(_OPEN),
         ),
-        Index("ix_rounds_open", "phase", "closes_at", postgresql_where=text("phase IN ('collecting', 'aggregating')")),
+        Index("ix_rounds_open", "phase", "closes_at", postgresql_where=text(_OPEN)),
         CheckConstraint("min_updates >= 0", name="min_updates_not_negative"),
         CheckConstraint("kind <> 'train' OR min_updates >= 2", name="min_updates_of_two"),
         CheckConstraint("accepted >= 0 AND accepted <= cohort_size", name="accepted_within_cohort"),

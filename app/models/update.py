@@ -19,11 +19,11 @@ class Update(Base):
     task_id: Mapped[UUID] = mapped_column(ForeignKey("tasks.id"), unique=True)
     round_id: Mapped[UUID] = mapped_column(ForeignKey("rounds.id"), index=True)
     participation_id: Mapped[UUID] = mapped_column(ForeignKey("participations.id"), index=True)
-    blob_key: Mapped[str | None]  # None: deleted when its round ended, as central noise asks for
+    blob_key: Mapped[str | None]  # None: deleted when its round ended, as central noise and masks ask for
     digest: Mapped[str]
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     weight: Mapped[float]
-    l2_norm: Mapped[float]
+    l2_norm: Mapped[float | None]  # None: masked, so nobody knows
     released: Mapped[dict[str, Any]]  # metrics/... and statistics/... by name, as float64 numbers
     position: Mapped[int | None]
     excluded: Mapped[bool] = mapped_column(default=False)  # the grant was withdrawn before the freeze

@@ -16,7 +16,7 @@ from isthmus.privacy.cost import Cost
 from isthmus.wire.jobs import JobSpec, ParticipationState
 from isthmus.wire.ledger import LedgerKind
 from isthmus.wire.privacy import PrivacyPlan
-from isthmus.wire.rounds import RoundPhase, TaskKind
+from isthmus.wire.rounds import OPEN_PHASES, TaskKind
 
 
 def _awaited() -> ColumnElement[bool]:
@@ -25,7 +25,7 @@ def _awaited() -> ColumnElement[bool]:
         Update.participation_id == Participation.id,
         Update.excluded.is_(False),
         Update.round_id == Round.id,
-        Round.phase.in_((RoundPhase.COLLECTING, RoundPhase.AGGREGATING)),
+        Round.phase.in_(OPEN_PHASES),
     )
 
 
@@ -95,7 +95,7 @@ async def price_of_awaited(
         .join(Update, Update.round_id == Round.id)
         .where(
             Round.job_id == job.id,
-            Round.phase.in_((RoundPhase.COLLECTING, RoundPhase.AGGREGATING)),
+            Round.phase.in_(OPEN_PHASES),
             Round.kind == TaskKind.TRAIN,
             Update.participation_id == participation_id,
             Update.excluded.is_(False),

@@ -4,6 +4,7 @@ Every piece is its own transaction, driven by the coordinator's sweep, and takes
 """
 
 from collections.abc import Sequence
+from typing import Final
 from uuid import UUID
 
 from procrastinate import App as Queue
@@ -16,13 +17,16 @@ from app.federation.lifecycle import OPEN_TASKS
 from app.models import Dataset, Grant, Participation, Task, Worker
 from app.participations.service import cancel_tasks, end_grant, lock_with_tasks, name_of
 from app.rounds.closing import settle
-from app.rounds.opening import offer_again
+from app.rounds.offering import offer_again
 from app.rounds.queries import find_open_round, get_job, get_round
+from app.rounds.specs import is_secured
 from app.wakeups import announce_change
 from isthmus.wire.datasets import DatasetState
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobState, ParticipationState
 from isthmus.wire.rounds import TaskState
+
+HANDED_ON: Final = "The dataset was handed on to another worker, which is asked if there is a new attempt."
 
 
 async def list_expired(session: AsyncSession) -> Sequence[tuple[UUID, UUID]]:
@@ -82,7 +86,8 @@ async def release_stranded(session: AsyncSession, queue: Queue, job_id: UUID, ro
     """Cancel tasks of revoked workers and of datasets that are not confirmed: the round goes on without them.
 
     Tasks of a dataset that was handed on are offered to the worker that serves it now. It took the records of what was
-    released over with the dataset: what was admitted, it hands in with the same bytes.
+    released over with the dataset: what was admitted, it hands in with the same bytes. Under secure aggregation it has
+    another identity than the one in the roster, and is asked in the next attempt.
     """
     job = await get_job(session, job_id, "update")
     of = await get_round(session, round_id, "update")
@@ -114,6 +119,9 @@ async def release_stranded(session: AsyncSession, queue: Queue, job_id: UUID, ro
         .execution_options(populate_existing=True)
     )
     for task, worker_id in handed_on.all():
+        if is_secured(job, of.kind):  # it is in the roster under the other worker's identity
+            task.state, task.detail, task.lease_expires_at = TaskState.EXPIRED, HANDED_ON, None
+            continue
         held = task.state is not TaskState.OFFERED
         offer_again(task, of, worker_id, now)
         if held:

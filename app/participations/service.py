@@ -13,9 +13,16 @@ from app.audit.service import append, job_stream
 from app.blobs import BlobStore
 from app.database import clock
 from app.dependencies import Caller
-from app.errors import BudgetExhausted, GrantRefusedByPolicy, NoMatchingDataset, PrivacyImpossible, StateConflict
+from app.errors import (
+    BudgetExhausted,
+    GrantRefusedByPolicy,
+    InvalidRequest,
+    NoMatchingDataset,
+    PrivacyImpossible,
+    StateConflict,
+)
 from app.federation.lifecycle import ENDED_JOBS, OPEN_TASKS
-from app.ledger.pricing import plan_for, price_of_grant, spends_when_summed
+from app.ledger.pricing import noises_the_sum, plan_for, price_of_grant
 from app.ledger.service import Account, give_back, hold_ledger, reserve, shortfall
 from app.models import Dataset, Grant, Job, Organization, Participation, Principal, Round, Task, Update, Worker
 from app.participations.queries import find_own
@@ -24,6 +31,7 @@ from app.rounds.closing import settle
 from app.rounds.opening import begin_if_enough
 from app.rounds.queries import find_open_round, get_job
 from app.wakeups import announce_change
+from isthmus.federation.cohort import cohort_size
 from isthmus.federation.rounds import number_after
 from isthmus.privacy.cost import Cost
 from isthmus.privacy.planning import PlanImpossible
@@ -34,6 +42,7 @@ from isthmus.wire.jobs import ApproveParticipation, JobSpec, JobState, Participa
 from isthmus.wire.manifest import Manifest
 from isthmus.wire.privacy import PrivacyPlan
 from isthmus.wire.rounds import RoundPhase, TaskState, kind_of_round
+from isthmus.wire.secured import LARGEST_COHORT
 
 RENEWABLE = (ParticipationState.EXPIRED, ParticipationState.EXHAUSTED)
 """A steward who said yes may say so again. A no, and a grant taken back, are final for the job."""
@@ -121,14 +130,58 @@ async def request_participations(
     fitting, reasons = await _fitting(session, spec)
     asked = [await _asked(session, job, spec, owner, plans, name, dataset) for name, dataset in fitting]
     asked = await _within_budgets(session, spec, job, asked)
+    if spec.secure_aggregation is not None:
+        asked = _one_of_each_organization(asked)
     reasons += [f"{item.name}: {item.objection}" for item in asked if item.objection is not None]
     able = sum(item.objection is None for item in asked)
     if able < spec.cohort.min_updates:
         raise NoMatchingDataset(
             f"{able} datasets fit the job and allow it; it needs {spec.cohort.min_updates}. " + " ".join(reasons[:10])
         )
+    _require_cohort_that_can_be_hidden(spec, able)
     for item in asked:
         await _request(session, job, spec, owner, item, now)
+
+
+def _one_of_each_organization(asked: Sequence[_Asked]) -> list[_Asked]:
+    """The same, with an objection to all but the first dataset of an organization that may be asked.
+
+    Whoever is in a roster twice has two of the shares by which the others' secrets are rebuilt.
+    """
+    taken: dict[UUID, str] = {}
+    found = []
+    for item in asked:  # sorted by name
+        if item.objection is None:
+            first = taken.setdefault(item.dataset.organization_id, item.name)
+            if first != item.name:
+                told = f"secure aggregation: a round asks one dataset of each organization, and {first} is asked."
+                found.append(replace(item, objection=told))
+                continue
+        found.append(item)
+    return found
+
+
+def _require_cohort_that_can_be_hidden(spec: JobSpec, able: int) -> None:
+    """Whether a round's messages stay small enough.
+
+    Raises:
+        InvalidRequest: too many would be asked in a round under secure aggregation.
+    """
+    if spec.secure_aggregation is None:
+        return
+    cohort = spec.cohort
+    size = cohort_size(
+        able,
+        fraction=cohort.fraction,
+        over_selection=cohort.over_selection,
+        target=cohort.target_updates,
+        min_updates=cohort.min_updates,
+    )
+    if size.asked > LARGEST_COHORT:
+        raise InvalidRequest(
+            f"A round would ask {size.asked} participations; under secure aggregation {LARGEST_COHORT} is the most. "
+            "Lower cohort.fraction or cohort.over_selection, or name the datasets in data.datasets."
+        )
 
 
 async def _asked(
@@ -423,7 +476,7 @@ async def withdraw(
         actor=caller.name,
         dataset=name,
         note=note,
-        stays_in_round=of.number if of is not None and of.phase is RoundPhase.AGGREGATING else None,
+        stays_in_round=of.number if of is not None and of.phase is not RoundPhase.COLLECTING else None,
     )
     if of is not None and job.state in (JobState.RUNNING, JobState.PAUSED):
         await settle(session, queue, job, of, now)
@@ -464,7 +517,7 @@ async def _exclude(
         at=now,
         round=of.number,
         dataset=name,
-        digest=None if spends_when_summed(spec, of.kind) else accepted.digest,  # see `accept_update`
+        digest=None if noises_the_sum(spec, of.kind) else accepted.digest,  # see `accept_update`
         accepted=of.accepted,
     )
     return [] if accepted.blob_key is None else [accepted.blob_key]

@@ -26,7 +26,7 @@ async def price_ahead(session: AsyncSession, round_id: UUID) -> None:
         .where(Round.id == round_id, Update.position.is_not(None))
     )
     for job, number, participation in found:
-        await _price(job, number, participation)
+        await price_of_part(job, number, participation)
 
 
 async def spend_for_noise(session: AsyncSession, round_id: UUID) -> bytes | None:
@@ -46,13 +46,13 @@ async def spend_for_noise(session: AsyncSession, round_id: UUID) -> bytes | None
     standing = await session.scalar(select(Round.noise_key).where(Round.id == round_id))
     if standing is not None:
         return standing
-    accounts = await _hold_accounts(session, [item.update for item in await list_contributions(session, round_id)])
+    accounts = await hold_accounts(session, [item.update for item in await list_contributions(session, round_id)])
     elements = elements_in(job)
     for account, participation, accepted in accounts:
         await charge(
             session,
             account,
-            await _price(job, of.number, participation),
+            await price_of_part(job, of.number, participation),
             round_number=of.number,
             release=of.kind.value,
             elements=elements,
@@ -63,7 +63,7 @@ async def spend_for_noise(session: AsyncSession, round_id: UUID) -> bytes | None
     return key
 
 
-async def _hold_accounts(
+async def hold_accounts(
     session: AsyncSession, accepted: Sequence[Update]
 ) -> list[tuple[Account, Participation, Update]]:
     """Who is charged for updates, in the order of their ledgers: everybody locks in the same one."""
@@ -88,17 +88,6 @@ async def _hold_accounts(
     return sorted(accounts, key=lambda item: (item[0].ledger_id, item[0].participation_id))
 
 
-async def _price(job: Job, number: int, participation: Participation) -> Price:
+async def price_of_part(job: Job, number: int, participation: Participation) -> Price:
+    """What a participation's ledger is charged for its part in a round."""
     return await price_of_round(spec_of(job), job.spec_digest, plan_of(participation), number, elements_in(job))
-
-
-async def forget_inputs(session: AsyncSession, of: Round) -> list[str]:
-    """Let go of the noise key and of what was summed; keys of blobs to delete once this is committed.
-
-    With the key, or with the updates, the noise could be taken away again. Their digests stay on record.
-    """
-    keys = await session.scalars(select(Update.blob_key).where(Update.round_id == of.id, Update.blob_key.is_not(None)))
-    forgotten = [key for key in keys if key is not None]
-    await session.execute(update(Update).where(Update.round_id == of.id).values(blob_key=None))
-    await session.execute(update(Round).where(Round.id == of.id).values(noise_key=None))
-    return forgotten

@@ -24,7 +24,20 @@ from sqlalchemy.orm import aliased
 from app.audit.service import append, job_stream
 from app.database import clock
 from app.errors import LeaseLost, TaskNotClaimed, TaskNotOpen
-from app.models import Checkpoint, Dataset, Grant, Job, Organization, Participation, Principal, Round, Task, Worker
+from app.models import (
+    Checkpoint,
+    Dataset,
+    Grant,
+    Job,
+    Organization,
+    Participation,
+    Principal,
+    Round,
+    SecuredAttempt,
+    SecuredMember,
+    Task,
+    Worker,
+)
 from app.rounds.closing import settle
 from app.rounds.queries import get_task, hold_round, hold_task
 from app.rounds.specs import manifest_of, manifest_of_task, plan_of, spec_of
@@ -42,6 +55,7 @@ from isthmus.wire.rounds import (
     TaskOffer,
     TaskState,
 )
+from isthmus.wire.secured import SecuredOffer
 from isthmus.wire.version import API_PREFIX
 
 TO_CLAIM: Final[ColumnElement[Any]] = literal_column("('offered', 'claimed')")
@@ -91,6 +105,7 @@ def _claim(*, among: bool) -> Select[Any]:
     )
     return (
         select(claimed, Job, Round, Participation, Grant, Dataset.name, Organization.name, Principal.name, Checkpoint)
+        .add_columns(SecuredAttempt.roster_digest, SecuredAttempt.members, SecuredMember.index)
         .join(Job, Job.id == claimed.c.job_id)
         .join(Round, Round.id == claimed.c.round_id)
         .join(Participation, Participation.id == claimed.c.participation_id)
@@ -99,6 +114,8 @@ def _claim(*, among: bool) -> Select[Any]:
         .join(Organization, Organization.id == Dataset.organization_id)
         .join(Principal, Principal.id == Job.owner_id)
         .outerjoin(Checkpoint, (Checkpoint.job_id == Job.id) & (Checkpoint.digest == Round.model_digest))
+        .outerjoin(SecuredMember, SecuredMember.task_id == claimed.c.id)
+        .outerjoin(SecuredAttempt, SecuredAttempt.round_id == SecuredMember.round_id)
         .order_by(Checkpoint.round_number.desc())
         .limit(1)
     )
@@ -129,7 +146,8 @@ async def claim_task(session: AsyncSession, settings: Settings, worker_id: UUID,
     return None if row is None else _offer(settings, tuple(row))
 
 
-def _offer(settings: Settings, row: tuple[Any, ...]) -> TaskOffer:
+def _offer(settings: Settings, row: Sequence[Any]) -> TaskOffer:
+    *row, roster_digest, members, index = row
     task_id, kind, fence, attempt, *_, job, of, participation, grant, dataset, organization, owner, checkpoint = row
     assert grant is not None, "an approved participation has its grant"
     assert checkpoint is not None, "a round starts from a checkpoint of its job"
@@ -165,6 +183,9 @@ def _offer(settings: Settings, row: tuple[Any, ...]) -> TaskOffer:
         upload_manifest=manifest_of_task(job, kind, of.number),
         statistics=None if job.statistics is None else FeatureStatistics.model_validate(job.statistics),
         plan=plan_of(participation),
+        secured=None
+        if index is None
+        else SecuredOffer(round_id=of.id, roster_digest=roster_digest, members=members, index=index),
     )
 
 

@@ -1,8 +1,6 @@
 """Opening rounds: which comes next, whom it asks, and what if there are too few."""
 
 from datetime import datetime, timedelta
-from typing import Any
-from uuid import UUID
 
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -10,14 +8,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.audit.service import append, job_stream
 from app.federation.lifecycle import JobEvent, RoundEvent, advance_job, advance_round
 from app.models import Grant, Job, Participation, Round, Task
+from app.rounds.offering import new_task, offer_again, pause_for_want, tell_reopened
 from app.rounds.queries import Candidate, list_candidates, list_unasked
-from app.rounds.specs import spec_of
+from app.rounds.secured.opening import open_attempt
+from app.rounds.specs import is_secured, spec_of
 from app.wakeups import announce_change
 from isthmus.federation.cohort import Cohort, TooFewParticipations
 from isthmus.federation.rounds import cohort_seed, draw_round, number_after
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobReason, JobSpec, JobState, ParticipationState
-from isthmus.wire.rounds import TaskKind, TaskState, kind_of_round
+from isthmus.wire.rounds import TaskKind, kind_of_round
 
 
 async def begin_if_enough(session: AsyncSession, job: Job, now: datetime) -> None:
@@ -141,7 +141,10 @@ async def _open(
     )
     session.add(opened)
     await session.flush()
-    session.add_all(_task(job.id, opened, by_names[chosen], now) for chosen in cohort.chosen)
+    session.add_all(new_task(job.id, opened, by_names[chosen], now) for chosen in cohort.chosen)
+    if is_secured(job, kind):
+        await session.flush()
+        await open_attempt(session, job, opened, now)
     append(
         session,
         job_stream(job.id),
@@ -155,18 +158,6 @@ async def _open(
         target_updates=cohort.target_updates,
     )
     await announce_change(session, job.id)
-
-
-def _task(job_id: UUID, opened: Round, candidate: Candidate, now: datetime) -> Task:
-    return Task(
-        job_id=job_id,
-        round_id=opened.id,
-        participation_id=candidate.participation_id,
-        worker_id=candidate.worker_id,
-        kind=opened.kind,
-        attempt=opened.attempt,
-        offered_at=now,
-    )
 
 
 async def refill(session: AsyncSession, job: Job, of: Round, now: datetime) -> None:
@@ -184,46 +175,12 @@ async def refill(session: AsyncSession, job: Job, of: Round, now: datetime) -> N
     for item in others:
         task = again.get(item.participation_id)
         if task is None:
-            session.add(_task(job.id, of, item, now))
+            session.add(new_task(job.id, of, item, now))
             of.cohort_size += 1
         else:  # to whichever worker serves the dataset now
             offer_again(task, of, item.worker_id, now)
     await session.flush()
     await tell_reopened(session, job, of, now, added=sorted(f"{item.organization}/{item.dataset}" for item in others))
-
-
-async def tell_reopened(session: AsyncSession, job: Job, of: Round, now: datetime, **what: Any) -> None:
-    """Record that an open round has tasks on offer again, and wake whom it concerns."""
-    append(
-        session,
-        job_stream(job.id),
-        EventKind.ROUND_REOPENED,
-        at=now,
-        round=of.number,
-        attempt=of.attempt,
-        kept=of.accepted,
-        **what,
-    )
-    await announce_change(session, job.id)
-
-
-def offer_again(task: Task, of: Round, worker_id: UUID, now: datetime) -> None:
-    """Put a task back on offer, to the worker that serves its dataset now, under the next fence."""
-    task.state, task.worker_id, task.attempt = TaskState.OFFERED, worker_id, of.attempt
-    task.fence += 1
-    task.offered_at, task.lease_expires_at, task.detail = now, None, None
-
-
-async def pause_for_want(session: AsyncSession, job: Job, needed: int, now: datetime) -> None:
-    """Pause a job whose next, or open, round cannot be filled for want of grants. Needs the job's lock."""
-    present = len(await list_candidates(session, job.id, now))
-    job.state = advance_job(job.state, JobEvent.PAUSED)
-    job.reason, job.paused_at = JobReason.TOO_FEW_PARTICIPATIONS, now
-    job.detail = (
-        f"The round needs {needed} participations; {present} are approved and able to take part. Get more, then resume."
-    )
-    append(session, job_stream(job.id), EventKind.JOB_PAUSED, at=now, reason=job.reason.value, detail=job.detail)
-    await announce_change(session, job.id)
 
 
 async def _complete(session: AsyncSession, job: Job, now: datetime) -> None:

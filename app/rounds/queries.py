@@ -22,6 +22,7 @@ from app.models import (
     Organization,
     Participation,
     Round,
+    SecuredAttempt,
     Task,
     Update,
     Worker,
@@ -29,7 +30,7 @@ from app.models import (
 from app.models.base import UtcDateTime
 from isthmus.wire.datasets import DatasetState
 from isthmus.wire.jobs import JobState, ParticipationState
-from isthmus.wire.rounds import RoundPhase, TaskKind, TaskState, TaskView
+from isthmus.wire.rounds import OPEN_PHASES, RoundPhase, TaskKind, TaskState, TaskView
 
 Lock = Literal["share", "update"] | None
 
@@ -64,12 +65,14 @@ async def get_round(session: AsyncSession, round_id: UUID, lock: Lock = None) ->
     return found
 
 
-_STREAM: Final = (EventStream.name, EventStream.sequence, EventStream.head_hash)
-_OF_JOB: Final = EventStream.name == func.concat("job:", cast(Job.id, Text))
+STREAM: Final = (EventStream.name, EventStream.sequence, EventStream.head_hash)
+"""The head of an event stream, for `know_head`."""
+OF_JOB: Final = EventStream.name == func.concat("job:", cast(Job.id, Text))
+"""Joins a job with its event stream."""
 _ROUND_WITH_JOB: Final = (
-    select(Job, Round, *_STREAM)
+    select(Job, Round, *STREAM)
     .join(Round, Round.job_id == Job.id)
-    .join(EventStream, _OF_JOB)
+    .join(EventStream, OF_JOB)
     .where(Round.id == bindparam("round_id"))
     .execution_options(populate_existing=True)
     .suffix_with(text("FOR UPDATE OF jobs, rounds, event_streams"))  # in this order: see `hold_task`
@@ -91,10 +94,8 @@ async def hold_round(session: AsyncSession, round_id: UUID) -> tuple[Job, Round]
 
 
 async def find_open_round(session: AsyncSession, job_id: UUID, lock: Lock = None) -> Round | None:
-    """The job's one round that collects or aggregates, if any."""
-    statement = select(Round).where(
-        Round.job_id == job_id, Round.phase.in_((RoundPhase.COLLECTING, RoundPhase.AGGREGATING))
-    )
+    """The job's one round that is not over, if any."""
+    statement = select(Round).where(Round.job_id == job_id, Round.phase.in_(OPEN_PHASES))
     found = (await session.scalars(_locked(statement, lock))).one_or_none()
     return found if isinstance(found, Round) else None
 
@@ -140,10 +141,10 @@ class HeldTask:
 
 _HELD: Final = (
     select(Job, Round, Task, Participation, Grant, Dataset.id, Dataset.name, Dataset.state)
-    .add_columns(Dataset.worker_id, Ledger.id, Organization.name, *_STREAM)
+    .add_columns(Dataset.worker_id, Ledger.id, Organization.name, *STREAM)
     .select_from(Task)
     .join(Job, Job.id == Task.job_id)
-    .join(EventStream, _OF_JOB)
+    .join(EventStream, OF_JOB)
     .join(Round, Round.id == Task.round_id)
     .join(Participation, Participation.id == Task.participation_id)
     .join(Grant, Grant.participation_id == Participation.id)
@@ -334,15 +335,25 @@ async def list_waiting_jobs(session: AsyncSession) -> Sequence[UUID]:
 
 
 async def list_due_rounds(session: AsyncSession, now: datetime) -> Sequence[tuple[UUID, UUID]]:
-    """(job, round) of collecting rounds of which something may be due: the decision is made again under their locks."""
+    """(job, round) of open rounds of which something may be due: the decision is made again under their locks."""
     open_tasks = select(Task.id).where(Task.round_id == Round.id, Task.state.in_(OPEN_TASKS)).correlate(Round).exists()
     found = await session.execute(
         select(Round.job_id, Round.id)
         .join(Job, Job.id == Round.job_id)
+        .outerjoin(SecuredAttempt, SecuredAttempt.round_id == Round.id)
         .where(
-            Round.phase == RoundPhase.COLLECTING,
-            ((Job.state == JobState.RUNNING) & ((Round.closes_at <= now) | ~open_tasks))
-            | (Round.accepted >= Round.target_updates),
+            (
+                (Round.phase == RoundPhase.COLLECTING)
+                & (
+                    ((Job.state == JobState.RUNNING) & ((Round.closes_at <= now) | ~open_tasks))
+                    | (Round.accepted >= Round.target_updates)
+                )
+            )
+            | (
+                Round.phase.in_((RoundPhase.COLLECTING, RoundPhase.SURVIVORS, RoundPhase.UNMASKING))
+                & (Job.state == JobState.RUNNING)
+                & (SecuredAttempt.step_closes_at <= now)
+            )
         )
     )
     return [(job_id, round_id) for job_id, round_id in found]

@@ -20,9 +20,10 @@ from app.dependencies import (
     authenticate_asking,
     check_scope,
 )
-from app.errors import Forbidden, InvalidRequest, LengthRequired, NormTooLarge, UnsupportedMediaType
+from app.errors import BodyTooLarge, Forbidden, InvalidRequest, LengthRequired, NormTooLarge, UnsupportedMediaType
 from app.problems import refuses
 from app.rounds import offers, queries, uploads
+from app.rounds.secured import steps
 from isthmus.codec.errors import CodecError
 from isthmus.wire.base import parse_repr_digest
 from isthmus.wire.organizations import Scope
@@ -38,7 +39,8 @@ from isthmus.wire.rounds import (
     TaskView,
     UpdateReceipt,
 )
-from isthmus.wire.version import DIGEST_HEADER, FENCE_HEADER, TENSORS_MEDIA_TYPE
+from isthmus.wire.secured import Step
+from isthmus.wire.version import DIGEST_HEADER, FENCE_HEADER, SECAGG_MEDIA_TYPE, TENSORS_MEDIA_TYPE
 
 router = APIRouter(prefix="/tasks", tags=["tasks"])
 
@@ -152,6 +154,8 @@ async def heartbeat(
         ProblemCode.BUDGET_EXHAUSTED,
         ProblemCode.DATASET_NOT_CONFIRMED,
         ProblemCode.UPDATE_CONFLICT,
+        ProblemCode.STEP_CLOSED,
+        ProblemCode.MESSAGE_INVALID,
         ProblemCode.LENGTH_REQUIRED,
         ProblemCode.BODY_TOO_LARGE,
         ProblemCode.UNSUPPORTED_MEDIA_TYPE,
@@ -245,6 +249,92 @@ class _Progress:
         self._noted = time.monotonic()
         async with self._parts.sessions.begin() as session:
             await uploads.note_progress(session, self._parts.settings, self._task_id, self._fence)
+
+
+@router.post(
+    "/{task_id}/steps/{step}",
+    summary="Send a message of a secured round's step",
+    response_class=Response,
+    responses={
+        200: {
+            "content": {SECAGG_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+            "description": "The step has closed: what its closing gives this member.",
+        },
+        202: {"description": "The message is in and the step still open; call again with the same one."},
+        **refuses(
+            *_LOST,
+            ProblemCode.JOB_NOT_RUNNING,
+            ProblemCode.GRANT_WITHDRAWN,
+            ProblemCode.STEP_CLOSED,
+            ProblemCode.STEP_CONFLICT,
+            ProblemCode.MESSAGE_INVALID,
+            ProblemCode.BODY_TOO_LARGE,
+            ProblemCode.UNSUPPORTED_MEDIA_TYPE,
+        ),
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {SECAGG_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+        }
+    },
+)
+async def exchange(
+    task_id: UUID,
+    step: Step,
+    fence: Annotated[int, Header(alias=FENCE_HEADER, ge=1, description="The fence of the claim.")],
+    parts: PartsOf,
+    credentials: Credentials,
+    request: Request,
+    wait: Annotated[float, Query(ge=0, le=300, description="Seconds to wait for the step to close.")] = 0,
+) -> Response:
+    """Send this member's message of one of the steps `keys`, `shares`, `update`, `survivors`, `unmask`, in their order,
+    and get what the closing of the step gives. Repeating the call with the same message is safe. It waits without
+    holding a database connection."""
+    ends = time.monotonic() + min(wait, parts.settings.longest_wait.total_seconds())
+    heard = parts.wakeups.steps_heard  # before the first look: no closing is missed
+    message = await _step_message(request, step)
+    async with parts.sessions.begin() as session:
+        worker_id = worker_of(check_scope(await authenticate(session, credentials), Scope.TASKS))
+        taken = await steps.take_message(
+            session, parts.queue, task_id=task_id, worker_id=worker_id, fence=fence, step=step, message=message
+        )
+    with parts.wakeups.step(taken.round_id, heard) as woken:
+        if taken.closed:
+            woken.set()
+        while True:
+            try:
+                async with asyncio.timeout(ends - time.monotonic()):
+                    await woken.wait()
+            except TimeoutError:
+                break
+            woken.clear()
+            async with parts.single_statements() as session:
+                answer = await steps.find_answer(session, task_id, worker_id, fence, step)
+            if answer is not None:
+                return Response(answer, media_type=SECAGG_MEDIA_TYPE)
+            if parts.wakeups.closing:
+                break
+    return Response(status_code=202, headers={"Retry-After": "0" if wait >= 1 else "1"})
+
+
+async def _step_message(request: Request, step: Step) -> bytes:
+    """The body, no longer than any message of its step.
+
+    Raises:
+        UnsupportedMediaType, BodyTooLarge: it is of another kind, or longer.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip()
+    if media_type != SECAGG_MEDIA_TYPE:
+        raise UnsupportedMediaType(
+            f"Messages of steps are {SECAGG_MEDIA_TYPE}; this is {media_type or 'of no stated type'}."
+        )
+    message = bytearray()
+    async for chunk in request.stream():
+        message += chunk
+        if len(message) > steps.LARGEST[step]:
+            raise BodyTooLarge(f"A message of step {step.value} has at most {steps.LARGEST[step]} bytes.")
+    return bytes(message)
 
 
 @router.post("/{task_id}/refuse", summary="Say no to a task", responses=refuses(*_LOST))

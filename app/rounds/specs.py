@@ -48,6 +48,11 @@ def spec_of(job: Job) -> JobSpec:
     return _specs.get(job.spec_digest, lambda: JobSpec.model_validate(job.spec))
 
 
+def is_secured(job: Job, kind: TaskKind) -> bool:
+    """Whether rounds of this kind show the service nothing but the sum of their updates."""
+    return kind is TaskKind.TRAIN and spec_of(job).secure_aggregation is not None
+
+
 def manifest_of(job: Job) -> Manifest:
     """The manifest of the model of a job that was started, frozen."""
     return _manifests.get(job.id, lambda: Manifest.model_validate(job.manifest))

@@ -26,18 +26,21 @@ from app.errors import (
     LeaseLost,
     NormTooLarge,
     RoundNotCollecting,
+    StepClosed,
+    StepMessageInvalid,
     TaskNotClaimed,
     TaskNotOpen,
     TensorsMismatch,
     UpdateConflict,
 )
 from app.federation.lifecycle import OPEN_TASKS
-from app.ledger.pricing import price_of_round, spends_when_summed
+from app.ledger.pricing import noises_the_sum, price_of_round, spends_when_summed
 from app.ledger.service import Account, charge, require_promised
 from app.models import Job, Participation, Round, Task, Update
 from app.rounds.closing import settle
 from app.rounds.queries import HeldTask, find_update, hold_task
-from app.rounds.specs import elements_in, manifest_of_task, plan_of, spec_of
+from app.rounds.secured.queries import Uploading, hold_uploading
+from app.rounds.specs import elements_in, is_secured, manifest_of_task, plan_of, spec_of
 from app.settings import Settings
 from app.wakeups import announce_change
 from isthmus.codec.header import length_bounds
@@ -59,6 +62,7 @@ from isthmus.wire.rounds import (
     UpdateReceipt,
     receipt_bytes,
 )
+from isthmus.wire.secured import Step
 
 NORM_TOLERANCE = 1e-5
 """Relative room for the rounding of a clipped update to float32."""
@@ -163,12 +167,14 @@ async def admit_update(
     """Spend, then leave to send; or the receipt, if these very bytes are in already.
 
     The same digest is admitted again for nothing, whatever the attempt and the fence. Another digest for the same
-    participation and round is refused: a second noising of the same data would be a second release.
+    participation and round is refused: a second noising of the same data would be a second release. Only under secure
+    aggregation another attempt has another digest, for nothing: its masks are others, over the same update.
 
     Raises:
         LeaseLost, TaskNotClaimed, TaskNotOpen: the task is not this worker's to hand in for.
         JobNotRunning, RoundNotCollecting, GrantWithdrawn, DatasetNotConfirmed: nothing is taken any more.
         UpdateConflict: other bytes were admitted or accepted.
+        StepMessageInvalid, StepClosed: masked, before shares have closed, or of a member without shares.
         BudgetExhausted: the round costs more than is still promised to the grant, or the ledger is closed.
         BodyTooLarge, TensorsMismatch: a body of this length cannot fit the manifest. Nothing is spent.
     """
@@ -190,11 +196,15 @@ async def admit_update(
     spec = spec_of(job)
     manifest = manifest_of_task(job, task.kind, of.number)
     _require_length(manifest, headers.length, settings.max_update_bytes)
+    uploading = await _masked(session, job, task)
+    admitted = task.admitted_digest if uploading is None else uploading.member.admitted_digest
+    if admitted not in (None, headers.digest):
+        raise UpdateConflict
     if task.admitted_digest is None:
         await _spend(session, held, spec, manifest, headers.digest)
         task.admitted_digest = headers.digest
-    elif task.admitted_digest != headers.digest:
-        raise UpdateConflict
+    if uploading is not None:
+        uploading.member.admitted_digest = headers.digest
     task.state = TaskState.UPLOADING
     task.lease_expires_at = task.progress_until = func.clock_timestamp() + settings.lease
     bound, told = _norm_bound(spec, plan_of(held.participation), task.kind, elements_in(job))
@@ -207,13 +217,34 @@ async def admit_update(
     )
 
 
+async def _masked(session: AsyncSession, job: Job, task: Task) -> Uploading | None:
+    """The member whose masked update this is; None where nothing is masked.
+
+    Raises:
+        StepMessageInvalid: shares have not closed.
+        StepClosed: they have, without this member.
+    """
+    if not is_secured(job, task.kind):
+        return None
+    uploading = await hold_uploading(session, task.id)
+    if uploading.step in (Step.KEYS, Step.SHARES):
+        raise StepMessageInvalid(
+            f"The round is at step {uploading.step.value}: send the masked update once step shares has been answered."
+        )
+    if not uploading.shares:
+        raise StepClosed("The step shares closed without this participation, so its masks could never be taken off.")
+    return uploading
+
+
 def _norm_bound(spec: JobSpec, plan: PrivacyPlan | None, kind: TaskKind, elements: int) -> tuple[float | None, str]:
     """How long an honest update may be, and why; None where nothing bounds it.
 
     What DP-SGD made of noised gradients is as long as it is: it was protected step by step, and is not clipped again.
+    Of what is masked only the sum's length can be judged.
     """
     clip_norm = spec.privacy.clip_norm
-    if kind is not TaskKind.TRAIN or clip_norm is None or spec.privacy.unit is PrivacyUnit.RECORD:
+    masked = spec.secure_aggregation is not None
+    if kind is not TaskKind.TRAIN or clip_norm is None or spec.privacy.unit is PrivacyUnit.RECORD or masked:
         return None, ""
     told, tolerance = f"clip_norm {clip_norm:g}", 1 + NORM_TOLERANCE
     if plan is None or plan.where is not NoisePlace.LOCAL:
@@ -227,7 +258,7 @@ def _norm_bound(spec: JobSpec, plan: PrivacyPlan | None, kind: TaskKind, element
 async def _spend(session: AsyncSession, held: HeldTask, spec: JobSpec, manifest: Manifest, digest: str) -> None:
     """Charge the dataset and use up one round of the grant.
 
-    Where the service itself adds the noise nothing is spent yet, but what will be must be promised.
+    Where only the sum is noised nothing is spent yet, but what will be must be promised.
 
     Raises:
         GrantWithdrawn: the grant has ended, or all its rounds are used.
@@ -311,7 +342,7 @@ async def accept_update(
     worker_id: UUID,
     fence: int,
     stored: StoredBlob,
-    l2_norm: float,
+    l2_norm: float | None,
     released: dict[str, Any],
     actor: str,
 ) -> tuple[Update, bool]:
@@ -329,7 +360,11 @@ async def accept_update(
                 raise UpdateConflict
             return accepted, False
     require_open(job, of, task, held.participation, fence)
-    if task.admitted_digest != stored.digest:
+    admitted, weight = task.admitted_digest, _weight(job, held.participation)
+    if is_secured(job, task.kind):
+        member = (await hold_uploading(session, task_id)).member
+        admitted, weight, l2_norm = member.admitted_digest, float(member.weight), None
+    if admitted != stored.digest:
         raise UpdateConflict
     now = await clock(session)
     accepted = Update(
@@ -339,7 +374,7 @@ async def accept_update(
         blob_key=stored.key,
         digest=stored.digest,
         size_bytes=stored.size_bytes,
-        weight=_weight(job, held.participation),
+        weight=weight,
         l2_norm=l2_norm,
         released=released,
         excluded=False,
@@ -360,7 +395,7 @@ async def accept_update(
         organization=held.organization,
         dataset=held.dataset,
         # An un-noised update is not told by its digest: it is a function of the records that anyone could try out.
-        digest=None if spends_when_summed(spec_of(job), task.kind) else stored.digest,
+        digest=None if noises_the_sum(spec_of(job), task.kind) else stored.digest,
         accepted=of.accepted,
         target_updates=of.target_updates,
     )

@@ -347,10 +347,11 @@ def test_a_figure_that_takes_long_holds_up_nobody_and_is_computed_once(standing:
         return all(item.epsilon_reference == 1.25 for item in ask(standing.researcher).datasets)
 
     standing.until(known)
-    spec = standing.job(job).spec
+    view = standing.job(job)
     plan = ask(standing.researcher).datasets[0].plan
     assert plan is not None
-    assert slow.asked == [(grant_event(spec, plan, 1), 1e-5)]
+    assert view.manifest is not None
+    assert slow.asked == [(grant_event(view.spec, plan, view.manifest.averaged_elements, 1), 1e-5)]
 
 
 @pytest.mark.parametrize("failure", [OverflowError(), KeyError("an error that nobody foresaw")])

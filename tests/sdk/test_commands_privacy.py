@@ -122,7 +122,7 @@ def test_no_privacy_is_shown_in_red(isthmus: Terminal, tmp_path: Path) -> None:
         ("{unit: record, epsilon: 3}", "needs a clip_norm"),
         ("{unit: person, epsilon: 3, clip_norm: 1}", "'none', 'record' or 'organization'"),
         ("{epsilon: 3, clip_norm: 1}", "privacy.unit is missing"),
-        ("{unit: organization, where: distributed, epsilon: 3, clip_norm: 1}", "needs secure aggregation"),
+        ("{unit: organization, where: distributed, epsilon: 3, clip_norm: 1}", "write secure_aggregation: true"),
     ],
 )
 def test_a_section_that_cannot_hold_is_refused_with_its_line(

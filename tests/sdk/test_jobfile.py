@@ -78,11 +78,22 @@ def test_a_mistake_is_said_where_it_stands(old: str, new: str, complaint: str) -
     assert complaint in complaints_about(JOB.replace(old, new))
 
 
-def test_noise_in_shares_is_refused_in_the_services_words() -> None:
+def test_noise_in_shares_without_secure_aggregation_is_refused_with_what_to_write() -> None:
     section = "privacy: {unit: organization, where: distributed, epsilon: 3.0, clip_norm: 1.0}"
-    found = complaints_about(JOB.replace("privacy: none", section))
-    assert len(found) == 1
-    assert "needs secure aggregation, which this version does not have" in found[0]
+    (found,) = complaints_about(JOB.replace("privacy: none", section))
+    assert "shares of noise under secure aggregation: write secure_aggregation: true beside privacy" in found
+
+
+def test_secure_aggregation_is_yes_or_no_or_a_section() -> None:
+    job = JOB.replace("privacy: none", "privacy: {unit: none, clip_norm: 10}\ncohort: {min_updates: 3}").replace(
+        ", standardize: federated", ""
+    )
+    secured = parse_job(job + "secure_aggregation: true\n").secure_aggregation
+    assert secured == parse_job(job + "secure_aggregation: {step_s: 60}\n").secure_aggregation
+    assert secured is not None
+    assert parse_job(job + "secure_aggregation: false\n").secure_aggregation is None
+    (found,) = complaints_about(job.replace("min_updates: 3", "min_updates: 2") + "secure_aggregation: true\n")
+    assert "secure aggregation needs cohort.min_updates of 3 at least" in found
 
 
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:

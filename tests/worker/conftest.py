@@ -12,7 +12,7 @@ from isthmus_worker.loop import Agent
 from isthmus_worker.settings import Resources, Settings
 from isthmus_worker.state import Credentials, StateDir
 from isthmus_worker.trainer import Trainer
-from tests.worker.factories import LINEAGE, ORGANIZATION, make_settings, write_patients
+from tests.worker.factories import LINEAGE, ORGANIZATION, ROWS, make_settings, write_patients
 from tests.worker.fake_service import FakeService, fake_service
 
 
@@ -53,8 +53,11 @@ def agent(settings: Settings, service: FakeService, trainer: Trainer) -> Iterato
     client = Client(service.url, "isk_made_up", retries=Retries(attempts=1))
     journal = Journal.open(state)
     made = Agent(settings, state, credentials_for(service), client, journal, trainer, sleep=lambda _s: None)
+    for dataset in settings.datasets:
+        journal.sessions.note_rows(dataset.name, ROWS)
     made._served = [dataset.name for dataset in settings.datasets]
     made._accounts = {dataset.name: Account(LINEAGE, dataset.budget) for dataset in settings.datasets}
     yield made
+    made.close()
     journal.close()
     client.close()

@@ -71,6 +71,19 @@ LOCAL: Mapping[str, Any] = {
 }  # fmt: skip
 """What makes it one whose updates are noised by each worker."""
 
+SECURED: Mapping[str, Any] = {
+    **LOCAL,
+    "privacy": {"unit": "none", "clip_norm": 5.0},
+    "secure_aggregation": True,
+}
+"""What makes it one whose updates are only ever seen summed up."""
+
+DISTRIBUTED: Mapping[str, Any] = {
+    **SECURED,
+    "privacy": {"unit": "organization", "where": "distributed", "clip_norm": 1.0, "noise_multiplier": 1.0},
+}
+"""What makes it one whose workers each add a share of the noise."""
+
 BUDGET: Mapping[str, float] = {"epsilon": 10.0, "delta": 1e-5}
 
 LINEAGE = "1e" * 32
@@ -87,7 +100,7 @@ STATISTICS = FeatureStatistics(
 OPEN_POLICY: Mapping[str, Any] = {
     "principals": ["*"],
     "purposes": ["*"],
-    "modes": ["none", "record", "organization-central", "organization-local"],
+    "modes": ["none", "record", "organization-central", "organization-local", "organization-distributed"],
     "allow_exact_metrics": True,
     "allow_exact_statistics": True,
     "min_rows": 5,
@@ -107,6 +120,11 @@ def make_record_spec(**changes: Any) -> JobSpec:
 def make_local_spec(**changes: Any) -> JobSpec:
     """The heart job with `unit: organization, where: local`, with sections replaced."""
     return make_spec(**{**LOCAL, **changes})
+
+
+def make_secured_spec(**changes: Any) -> JobSpec:
+    """The heart job under secure aggregation, without a privacy unit, with sections replaced."""
+    return make_spec(**{**SECURED, **changes})
 
 
 def make_model(spec: JobSpec, seed: int = 7) -> tuple[bytes, Manifest]:

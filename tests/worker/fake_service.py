@@ -20,7 +20,10 @@ from pydantic import BaseModel
 
 from isthmus.wire.problems import ProblemCode, problem
 from isthmus.wire.rounds import TaskOffer, UpdateReceipt, receipt_bytes
+from isthmus.wire.secured import Step
+from isthmus.wire.version import FENCE_HEADER, SECAGG_MEDIA_TYPE
 from tests.worker.factories import ORGANIZATION, make_model
+from tests.worker.secured_round import SecuredRound
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
@@ -33,6 +36,8 @@ class FakeService:
     key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
     offers: deque[TaskOffer] = field(default_factory=deque)
     models: dict[str, bytes] = field(default_factory=dict)
+    secured: dict[UUID, SecuredRound] = field(default_factory=dict)
+    """By task: the round that it is part of."""
     # moods
     admission: ProblemCode | None = None
     claim_refusal: ProblemCode | None = None
@@ -43,6 +48,8 @@ class FakeService:
     """Receipts are signed by another key."""
     # what was heard
     claims: int = 0
+    holding: list[list[str]] = field(default_factory=list)
+    """What each claim said that the worker is at."""
     announced: dict[str, Any] = field(default_factory=dict)
     heartbeats: list[dict[str, Any]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -62,6 +69,13 @@ class FakeService:
         model, _ = make_model(offer.spec)
         self.models[offer.model.digest] = model
         self.offers.append(offer)
+
+    def offer_secured(self, round_: SecuredRound, **changes: Any) -> TaskOffer:
+        """Have the real member's task of a secured round claimed next."""
+        offer = round_.offer(**changes)
+        self.secured[offer.task_id] = round_
+        self.offer(offer)
+        return offer
 
     def receipt(self, task_id: UUID, digest: str) -> UpdateReceipt:
         """A receipt for bytes that are here."""
@@ -113,9 +127,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.service.authorizations.add(self.headers.get("Authorization", ""))
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         parts = urlsplit(self.path).path.split("/")
+        if parts[-2] == "steps":
+            self._step(UUID(parts[-3]), Step(parts[-1]), sent)
+            return
+        body = json.loads(sent or b"{}")
         if parts[-1] == "claim":
+            self.service.holding.append(body["holding"])
             self._claim()
         elif parts[-1] == "workers":
             self._json(
@@ -160,6 +179,19 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         self.service.admitted.append(digest)
         return super().handle_expect_100()
+
+    def _step(self, task_id: UUID, step: Step, message: bytes) -> None:
+        round_ = self.service.secured[task_id]
+        assert self.headers["Content-Type"] == SECAGG_MEDIA_TYPE
+        upload = self.service.updates.get(task_id)
+        answer = round_.hear(step, message, fence=int(self.headers[FENCE_HEADER]), upload=upload)
+        if answer is None:
+            time.sleep(0.02)
+            self._answer(202, b"", {"Retry-After": "0"})
+        elif isinstance(answer, ProblemCode):
+            self._refuse(answer)
+        else:
+            self._answer(200, answer, {"Content-Type": SECAGG_MEDIA_TYPE})
 
     def _claim(self) -> None:
         self.service.claims += 1

@@ -145,7 +145,7 @@ def test_everything_that_leaves_a_worker_is_listed_with_its_charge(spec: JobSpec
         if kind is TaskKind.EVALUATE and spec.evaluation.holdout == 0:
             continue
         sent = set(task_manifest(kind, spec, number, _model()).tensors)
-        charged = plan is not None and round_event(spec, plan, number) is not None
+        charged = plan is not None and round_event(spec, plan, number, 6) is not None
         assert charged == (bool(sent) and spec.privacy.mode is not PrivacyMode.NONE)
         for name in sent:
             sentence = next(item for item in words.released if item.startswith(_titles(name)))

@@ -25,6 +25,7 @@ from isthmus.privacy.lattice import (
     to_lattice,
     variance_of,
 )
+from isthmus.privacy.sensitivity import rounding_reach
 
 F32 = np.finfo(np.float32)
 F64 = np.finfo(np.float64)
@@ -172,7 +173,7 @@ def test_the_sensitivity_is_the_scale_and_half_the_root_rounded_up(dimension: in
     extra = (
         Lattice(1.0, 1, dimension).sensitivity - 1
         if dimension < 1 << 50
-        else lattice_module._half_root_above(dimension)
+        else rounding_reach(dimension)
     )
     assert 4 * extra**2 >= dimension > 4 * (extra - 1) ** 2
 

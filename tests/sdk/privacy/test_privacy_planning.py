@@ -150,6 +150,8 @@ def test_results_that_stay_at_the_site_cost_nothing() -> None:
 
 def test_what_no_noise_can_reach_is_refused_with_what_would_help() -> None:
     with pytest.raises(PlanImpossible, match="raise epsilon or delta, or train for fewer rounds"):
+        plan_of(record_job(rounds=1_000_000, privacy={**RECORD, "epsilon": 0.01}), 100, 6)
+    with pytest.raises(PlanImpossible, match=r"draw 2.5e\+18 integers of noise.*: raise delta, train a smaller model"):
         plan_of(record_job(rounds=1_000_000), 1_000_000, 10**8)
 
 

@@ -84,10 +84,12 @@ def test_ours_is_the_largest_of_the_figures(event: Event) -> None:
     assert pld_epsilon(event, 1e-5) < reference
 
 
-def test_noise_in_shares_has_no_second_opinion() -> None:
+def test_noise_in_narrow_shares_has_no_second_opinion_and_in_wide_ones_that_of_their_sum() -> None:
     for call in (pld_epsilon, rdp_epsilon_reference):
         with pytest.raises(NoReference, match="shares"):
-            call(Repeated(DistributedGaussianRelease(1024, 10**9, 5, 100), 3), 1e-5)
+            call(Repeated(DistributedGaussianRelease(8, 63, 5, 100), 3), 1e-5)
+        shares = DistributedGaussianRelease(1 << 20, 16 << 38, 4, 10**6)  # together 4 times the sensitivity
+        assert call(Repeated(shares, 3), 1e-5) == call(Repeated(GaussianRelease(4.0), 3), 1e-5)
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])

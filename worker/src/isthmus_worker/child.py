@@ -28,6 +28,7 @@ from isthmus_worker.messages import (
     Describe,
     Described,
     Failure,
+    Mask,
     Order,
     Refusal,
     Warm,
@@ -92,7 +93,7 @@ class Line:
         os._exit(0)
 
 
-def answer_to(order: Work | Describe, line: Line) -> Answer:
+def answer_to(order: Work | Mask | Describe, line: Line) -> Answer:
     """Do what is asked. Whatever goes wrong becomes an answer, and no answer for the service quotes data.
 
     Under privacy of records a refusal is for what is public already; all else is a failure, of which the agent tells
@@ -103,6 +104,10 @@ def answer_to(order: Work | Describe, line: Line) -> Answer:
             source = open_source(order.dataset.source)
             content = content_of(order.dataset.source, order.known)
             return Described(data_schema=source.schema(), rows=source.rows(), content=content)
+        if isinstance(order, Mask):
+            from isthmus_worker.secured.masking import write_masked  # noqa: PLC0415 - not every job is secured
+
+            return write_masked(order, lambda progress: line.tell(order.number, progress))
         return _desk().perform(order, lambda progress: line.tell(order.number, progress))
     except (DataRefused, ModelRefused, WorkBroken) as told:
         kind = Refusal if isinstance(told, _refusals(order)) else Failure
@@ -113,11 +118,11 @@ def answer_to(order: Work | Describe, line: Line) -> Answer:
         return Failure(reason=_unexpected(error), where=_frames(error))
 
 
-def _tells_counts(order: Work | Describe) -> bool:
+def _tells_counts(order: Work | Mask | Describe) -> bool:
     return isinstance(order, Work) and order.tell_counts
 
 
-def _refusals(order: Work | Describe) -> tuple[type[Exception], ...]:
+def _refusals(order: Work | Mask | Describe) -> tuple[type[Exception], ...]:
     """What is a refusal; the others are failures."""
     apart = isinstance(order, Work) and order.offer.spec.privacy.unit is PrivacyUnit.RECORD
     return (SchemaRefused if apart else DataRefused, ModelRefused)
@@ -171,7 +176,7 @@ def main() -> None:
         order = line.next_order()
         if isinstance(order, Warm):
             _desk()
-        elif isinstance(order, Work | Describe):
+        elif isinstance(order, Work | Mask | Describe):
             line.say(answer_to(order, line))
 
 

@@ -52,12 +52,20 @@ class Heart:
         self._thread = threading.Thread(target=self._beat, daemon=True, name="heart")
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self.begin()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.end()
+
+    def begin(self) -> None:
+        """Beat from now on."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """Beat no more."""
         self._ended.set()
 
     def alive(self, progress: float | None = None) -> None:

@@ -19,6 +19,12 @@ What a release costs is journalled with it, and is written into the ledger of it
 transaction that marks it as released. What may have been admitted unheard counts as spent until that is known. A
 release whose cost does not fit into the budget beside all that is neither computed nor prepared.
 
+Under secure aggregation what is noised once is a *vector* that is never sent: what leaves is masked anew with the keys of
+each attempt. Its file is `Release.vector`, and its `path`, of which bytes may be sent, is None for ever. It is kept until a
+later round of its participation, because another attempt of the round must not noise again. Where the shares of
+noise of several organizations protect it (`where: distributed`), nothing has left before shares are revealed: the
+spend is recorded then.
+
 SQLite in WAL mode with synchronous=FULL: a transition that returned is on the disk. `prepare` alone leaves that to the
 `note_asking` that follows it: nothing may have been admitted before, and what is synced later takes along what was
 written earlier. Files lie in `releases/` under names of their own; one without a row was never prepared, or is needed
@@ -55,6 +61,10 @@ from isthmus_worker.ledger import (
 from isthmus_worker.ledger import SCHEMA as LEDGER_SCHEMA
 from isthmus_worker.lineage import SCHEMA as LINEAGE_SCHEMA
 from isthmus_worker.lineage import Lineages
+from isthmus_worker.secured.peers import SCHEMA as PEERS_SCHEMA
+from isthmus_worker.secured.peers import Peers
+from isthmus_worker.secured.records import SCHEMA as SESSIONS_SCHEMA
+from isthmus_worker.secured.records import Sessions
 from isthmus_worker.state import StateDir
 from isthmus_worker.transaction import Transaction as _Transaction
 
@@ -118,7 +128,15 @@ class Release:
     unanswered: bool
     """Admission was asked for, and no answer came: the service may have admitted it, and spent."""
     path: Path | None
-    """Where the bytes are; None: deleted."""
+    """Where the bytes that may be sent are; None: deleted, or there are none (see `vector`)."""
+    vector: Path | None = None
+    """Of a secured round: where the vector is that is never sent unmasked; None: deleted, or the round is not secured."""
+    secured: bool = False
+
+    @property
+    def file(self) -> Path | None:
+        """What is kept of it."""
+        return self.vector if self.secured else self.path
 
 
 class TransitionRefused(Exception):
@@ -149,7 +167,7 @@ CREATE TABLE IF NOT EXISTS releases (
     digest TEXT NOT NULL, size_bytes INTEGER NOT NULL, unanswered INTEGER NOT NULL DEFAULT 0, file TEXT,
     clip_norm REAL, noise_multiplier REAL NOT NULL,
     prepared_at TEXT NOT NULL, released_at TEXT, acknowledged_at TEXT, discarded_at TEXT, note TEXT, receipt TEXT,
-    lineage TEXT, charge TEXT
+    lineage TEXT, charge TEXT, secured INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS one_release ON releases
     (participation_id, round_number, model_digest, spec_digest, kind) WHERE state <> 'discarded';
@@ -163,13 +181,16 @@ CREATE TABLE IF NOT EXISTS handovers (
 ) STRICT;
 """
 _ADDED: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
-    {"participations": {"plan_digest": "TEXT"}, "releases": {"lineage": "TEXT", "charge": "TEXT"}}
+    {
+        "participations": {"plan_digest": "TEXT"},
+        "releases": {"lineage": "TEXT", "charge": "TEXT", "secured": "INTEGER NOT NULL DEFAULT 0"},
+    }
 )
 """Columns that journals of earlier versions lack. What those versions released has no charge, and is in no ledger."""
 _MAYBE_SPENT: Final = "(state IN ('released', 'acknowledged') OR (state = 'prepared' AND unanswered = 1))"
 _COLUMNS: Final = (
     "id, participation_id, round_number, model_digest, spec_digest, kind, state, job, dataset, task_id, fence,"
-    " digest, size_bytes, unanswered, file"
+    " digest, size_bytes, unanswered, file, secured"
 )
 
 
@@ -181,6 +202,8 @@ class Journal:
         self._connection = connection
         self.ledgers = Ledgers(connection)
         self.lineages = Lineages(connection)
+        self.sessions = Sessions(connection)
+        self.peers = Peers(connection)
 
     @classmethod
     def open(cls, state: StateDir) -> "Journal":
@@ -189,7 +212,8 @@ class Journal:
         state.journal.chmod(0o600)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-        connection.executescript(_SCHEMA + LINEAGE_SCHEMA + LEDGER_SCHEMA)
+        connection.execute("PRAGMA secure_delete = ON")  # secrets of secured rounds that are over
+        connection.executescript(_SCHEMA + LINEAGE_SCHEMA + LEDGER_SCHEMA + SESSIONS_SCHEMA + PEERS_SCHEMA)
         _bring_up_to_date(connection)
         sync_directory(state.root)
         return cls(state, connection)
@@ -219,13 +243,13 @@ class Journal:
 
         A prepared release whose bytes are gone was never released: it is given up. A released one stays what it is.
         """
-        self._drop_bytes("state = 'acknowledged'")
         cutoff = (datetime.now(UTC) - KEEP_BYTES).isoformat()
+        self._drop_bytes("state = 'acknowledged' AND (secured = 0 OR acknowledged_at < ?)", cutoff)
         for release in self._releases("state = 'prepared' AND prepared_at < ?", cutoff):
             self.give_up(release, "never admitted")
         self._drop_bytes("state = 'released' AND released_at < ?", cutoff)
-        for release in self._releases("state IN ('prepared', 'released') AND file IS NOT NULL"):
-            if release.path is not None and not release.path.exists():
+        for release in self._releases("state <> 'discarded' AND file IS NOT NULL"):
+            if release.file is not None and not release.file.exists():
                 if release.state is ReleaseState.PREPARED:
                     self.give_up(release, "its bytes are gone")
                 else:
@@ -234,6 +258,7 @@ class Journal:
         for path in self._state.releases.iterdir():
             if path.name not in known:
                 path.unlink()
+        self.sessions.end_stale(KEEP_BYTES)
 
     def pin(self, offer: TaskOffer) -> None:
         """Hold on to what the offer's participation is, and to the federation's statistics once they are known.
@@ -281,6 +306,8 @@ class Journal:
     ) -> Release:
         """Take over the noised bytes in `draft`, what they cost, and the results that stay here. Nothing has left yet.
 
+        Of a secured round the draft holds the vector, which no later call gives out as bytes to send.
+
         The bytes are on the disk when this returns, the row as soon as `note_asking` returns: the name of a file that
         no row knows is removed at the next start, and what nobody could ask for was never released.
 
@@ -303,7 +330,8 @@ class Journal:
             connection.execute(
                 "INSERT INTO releases (participation_id, round_number, model_digest, spec_digest, kind, state,"
                 " job, dataset, task_id, fence, digest, size_bytes, file, prepared_at, clip_norm, noise_multiplier,"
-                " lineage, charge) VALUES (?, ?, ?, ?, ?, 'prepared', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " lineage, charge, secured)"
+                " VALUES (?, ?, ?, ?, ?, 'prepared', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *key,
                     offer.job,
@@ -318,6 +346,7 @@ class Journal:
                     plan.noise_multiplier if plan is not None else 0.0,
                     charge.lineage,
                     charge.to_json(),
+                    int(offer.secured is not None),
                 ),
             )
             if metrics:
@@ -366,10 +395,12 @@ class Journal:
             raise
 
     def mark_acknowledged(self, release: Release, receipt: UpdateReceipt) -> None:
-        """Keep a receipt whose signature was verified; the bytes are not needed any more."""
-        self._advance(
-            release, ReleaseState.ACKNOWLEDGED, acknowledged_at=_now(), receipt=receipt.model_dump_json(), file=None
-        )
+        """Keep a receipt whose signature was verified; the bytes are not needed any more. A vector is: see above."""
+        told = {"acknowledged_at": _now(), "receipt": receipt.model_dump_json()}
+        if release.secured:
+            self._advance(release, ReleaseState.ACKNOWLEDGED, **told)
+            return
+        self._advance(release, ReleaseState.ACKNOWLEDGED, **told, file=None)
         _unlink(release)
 
     def discard(self, release: Release, note: str) -> None:
@@ -396,11 +427,12 @@ class Journal:
         earlier = "participation_id = ? AND round_number < ?"
         for release in self._releases(f"{earlier} AND state = 'prepared'", participation_id, round_number):
             self.give_up(release, "its round is over")
-        self._drop_bytes(f"{earlier} AND state = 'released'", participation_id, round_number)
+        self._drop_bytes(f"{earlier} AND state IN ('released', 'acknowledged')", participation_id, round_number)
+        self.sessions.end_before(participation_id, round_number)
 
     def unsettled(self) -> list[Release]:
-        """What left or may have left, is not acknowledged, and has its bytes."""
-        return self._releases(f"state <> 'acknowledged' AND {_MAYBE_SPENT} AND file IS NOT NULL")
+        """What left or may have left, is not acknowledged, and has its bytes. No vector is among it."""
+        return self._releases(f"state <> 'acknowledged' AND {_MAYBE_SPENT} AND file IS NOT NULL AND secured = 0")
 
     def _charge(self, release: Release) -> None:
         """Write into the ledger what a release costs. Those of earlier versions have no charge, and no budget."""
@@ -459,14 +491,17 @@ class Journal:
         """
         key, found = key_of(offer), self._contradictions(offer)
         spent = self._releases(f"participation_id = ? AND {_MAYBE_SPENT}", key.participation_id)
-        if any(one.key != key and one.key.round_number == key.round_number for one in spent):
+        computed = spent
+        if offer.secured is not None:  # its vector may be in a masked update that waits for its shares
+            computed = self._releases("participation_id = ? AND state <> 'discarded'", key.participation_id)
+        if any(one.key != key and one.key.round_number == key.round_number for one in computed):
             found.append(f"Round {key.round_number} was released before, for another model or another spec.")
         if key.kind is not TaskKind.TRAIN and any(
             one.key.kind is key.kind and one.key.round_number != key.round_number for one in spent
         ):
             found.append(f"A round of kind {key.kind.value!r} was released before; there is one in a job.")
         mine = self.find(key)
-        if mine is not None and mine.path is None:
+        if mine is not None and mine.file is None:
             found.append(f"Round {key.round_number} was released before, and its bytes are no longer held.")
         rounds = {one.key.round_number for one in spent if one.key.kind is TaskKind.TRAIN} - {key.round_number}
         allowed = min(max_rounds, offer.grant_rounds)
@@ -579,7 +614,8 @@ class Journal:
             return [self._release(row) for row in rows]
 
     def _release(self, row: tuple[Any, ...]) -> Release:
-        number, *key, state, job, dataset, task_id, fence, digest, size_bytes, unanswered, file = row
+        number, *key, state, job, dataset, task_id, fence, digest, size_bytes, unanswered, file, secured = row
+        path = self._state.releases / file if file is not None else None
         return Release(
             id=number,
             key=ReleaseKey(key[0], key[1], key[2], key[3], TaskKind(key[4])),
@@ -591,7 +627,9 @@ class Journal:
             digest=digest,
             size_bytes=size_bytes,
             unanswered=bool(unanswered),
-            path=self._state.releases / file if file is not None else None,
+            path=None if secured else path,
+            vector=path if secured else None,
+            secured=bool(secured),
         )
 
 
@@ -625,8 +663,8 @@ def _bring_up_to_date(connection: sqlite3.Connection) -> None:
 
 def _unlink(release: Release) -> None:
     """Delete the bytes, once no row names them any more: killed in between, the next start deletes them."""
-    if release.path is not None:
-        release.path.unlink(missing_ok=True)
+    if release.file is not None:
+        release.file.unlink(missing_ok=True)
 
 
 def _now() -> str:

@@ -121,7 +121,7 @@ def charge_for(offer: TaskOffer, lineage: str) -> Charge:
     if plan is None or spec.privacy.unit is PrivacyUnit.NONE:
         leaves = bool(offer.upload_manifest.tensors)
         return Charge(lineage, PrivacyMode.NONE, None, Cost.zero(), Cost.zero(), elements, leaves)
-    event = round_event(spec, plan, offer.round_number, ledger=True)
+    event = round_event(spec, plan, offer.round_number, elements, ledger=True)
     return Charge(
         lineage=lineage,
         mode=spec.privacy.mode,

@@ -1,13 +1,17 @@
-"""The agent: claims tasks, checks them, has them done, and hands in what may leave. One task at a time."""
+"""The agent: claims tasks, checks them, has them done, and hands in what may leave. One task at a time.
+
+A task under secure aggregation is put aside while it waits for the others of its round (`secured.serving`). As long as
+there are such, work is claimed in a second thread, so that what comes first is done first.
+"""
 
 import logging
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Final, TypeVar
+from uuid import UUID
 
 from isthmus.client import BadResponse, Client, IsthmusError, NoWork, Refused, TimedOut, Unreachable
 from isthmus.wire.privacy import PrivacyUnit
@@ -22,9 +26,13 @@ from isthmus_worker.ledger import Account, BudgetRefused, accounts
 from isthmus_worker.lineage import LineageRefused
 from isthmus_worker.messages import Described, Work
 from isthmus_worker.offers import contradictions, needs_model
+from isthmus_worker.outcomes import Outcome
 from isthmus_worker.policy import objections, resource_objections
 from isthmus_worker.refusals import UNTOLD
 from isthmus_worker.release import LONGEST_PAUSE_S, HandedIn, ReceiptInvalid, backoff_s, hand_in
+from isthmus_worker.secured.checks import attempt_objections
+from isthmus_worker.secured.claiming import Claims
+from isthmus_worker.secured.serving import SecuredTasks
 from isthmus_worker.settings import DatasetSettings, Settings, announced_policy
 from isthmus_worker.state import Credentials, StateDir
 from isthmus_worker.trainer import Trainer, WorkCancelled, WorkFailed, WorkRefused
@@ -50,17 +58,6 @@ BUSY: Final = frozenset({ProblemCode.NOT_READY, ProblemCode.TOO_MANY_REQUESTS})
 def a_poll_s() -> int:
     """Seconds of one long poll. Not always the same: agents that came back together must not stay together."""
     return random.randint(SHORTEST_WAIT_S, WAIT_S)  # noqa: S311 -- jitter
-
-
-class Outcome(StrEnum):
-    """What a step came to."""
-
-    IDLE = "idle"
-    SUBMITTED = "submitted"
-    REFUSED = "refused"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    KEPT = "kept"  # the upload waits for the round's next offer
 
 
 class KeyRefused(Exception):
@@ -96,6 +93,13 @@ class Agent:
     _accounts: dict[str, Account] = field(default_factory=dict)
     """By dataset: what its releases are charged to."""
     _verified: VerifiedFiles = field(default_factory=VerifiedFiles)
+    _secured: SecuredTasks = field(init=False)
+    _claims: Claims = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Nothing is open yet."""
+        self._secured = SecuredTasks(self)
+        self._claims = Claims(self._secured.post)
 
     def run(self) -> None:
         """Announce the datasets, settle what an earlier run left, then work until something stops us.
@@ -110,8 +114,15 @@ class Agent:
         self._patiently(self.settle)
         self.announce()
         log.info("ready", extra={"datasets": ",".join(self._served), "service": self.settings.service_url})
-        while True:
-            self._patiently(lambda: self.step(a_poll_s()))
+        try:
+            while True:
+                self._patiently(lambda: self.step(a_poll_s()))
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop what goes on beside the main thread; nothing more is sent."""
+        self._secured.close()
 
     def announce(self) -> None:
         """Tell the service which columns and how many records each dataset has, and what our policy lets be done.
@@ -134,7 +145,9 @@ class Agent:
     def _read(self, dataset: DatasetSettings) -> tuple[Described, str] | None:
         """What a child reads of a dataset, and which data it is; None if it cannot be served."""
         try:
-            described = self.trainer.describe(dataset, self.journal.lineages.known_stamp(dataset.source))
+            described = self.trainer.describe(
+                dataset, self.journal.lineages.known_stamp(dataset.source), self._secured.tick
+            )
             return described, self.journal.lineages.of(dataset, described.content)
         except (WorkRefused, WorkFailed) as error:
             reason, where = str(error), error.where
@@ -154,6 +167,7 @@ class Agent:
                 "settled",
                 extra={"job": release.job, "round": release.key.round_number, "outcome": outcome, "reason": reason},
             )
+        self._secured.settle()
 
     def step(self, wait_s: int = WAIT_S) -> Outcome:
         """Wait for one task and see it through.
@@ -162,8 +176,10 @@ class Agent:
             KeyRefused: the service does not know us any more.
             Unreachable, TimedOut, BadResponse: it cannot be asked for work now.
         """
-        offer = self._claim(self._poll_s(wait_s))
-        if isinstance(offer, NoWork):
+        offer = self._next(wait_s)
+        if isinstance(offer, Outcome):
+            return offer
+        if offer is None or isinstance(offer, NoWork):
             self._end_idle_child()
             return Outcome.IDLE
         began = time.monotonic()
@@ -171,19 +187,38 @@ class Agent:
             outcome = self.serve(offer)
         except (ValueError, OverflowError) as error:  # what no check foresaw must not end the agent, again and again
             log.exception("unexpected", extra=_words(offer))
-            outcome = self._fail(offer, f"An unexpected {type(error).__name__} ended the task.")
+            outcome = self.fail(offer, f"An unexpected {type(error).__name__} ended the task.")
         took_s = round(time.monotonic() - began, 3)
         log.info("task over", extra={**_words(offer), "outcome": outcome, "took_s": took_s})
         return outcome
 
+    def _next(self, wait_s: int) -> TaskOffer | NoWork | Outcome | None:
+        """The next offer, or what was done for a secured task before there was one; None: nothing came in time."""
+        if not self._secured.are_open and not self._claims.are_open:
+            return self._claim(self._poll_s(wait_s))
+        until = time.monotonic() + wait_s
+        while True:
+            self._secured.tick()
+            if (outcome := self._secured.advance()) is not None:
+                return outcome
+            if (answer := self._claims.take()) is not None:
+                return answer
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                return None
+            if not self._claims.are_open and not self._secured.is_full:
+                poll_s, holding = self._poll_s(wait_s), self._secured.held()
+                self._claims.ask(lambda: self._claim(poll_s, holding))  # noqa: B023 - called now
+            self._secured.wait(left_s)
+
     def serve(self, offer: TaskOffer) -> Outcome:
         """See one offer through: check, compute unless it was computed before, hand in."""
         if found := self._objections(offer):
-            return self._refuse(offer, " ".join(found))
+            return self.refuse(offer, " ".join(found))
         self.journal.pin(offer)
         self.journal.retire_before(str(offer.participation_id), offer.round_number)
-        dataset = self.settings.dataset(offer.dataset)
-        assert dataset is not None, "an offer for another dataset was refused above"
+        if offer.secured is not None:
+            return self._secured.serve(offer)
         with Heart(self.client, offer, self.settings.resources.max_silence_s, self.state.note_contact) as heart:
             release = self.journal.find(key_of(offer))
             if release is not None:
@@ -191,11 +226,11 @@ class Agent:
                 log.info("same bytes again", extra=_words(offer))
             else:
                 try:
-                    release = self._compute(offer, dataset, heart)
+                    release = self.compute(offer, heart)
                 except WorkRefused as refusal:
-                    return self._refuse(offer, str(refusal), refusal.where)
+                    return self.refuse(offer, str(refusal), refusal.where)
                 except WorkFailed as failure:
-                    return self._fail(offer, str(failure), failure.where)
+                    return self.fail(offer, str(failure), failure.where)
                 except WorkCancelled:
                     log.info("task cancelled", extra={**_words(offer), "reason": heart.lost})
                     return Outcome.CANCELLED
@@ -213,10 +248,29 @@ class Agent:
         assert dataset is not None, "an offer for another dataset contradicts what we serve"
         found = objections(announced_policy(self.settings, dataset), self.settings.policy, offer)
         found += resource_objections(self.settings.resources, offer)
+        if offer.secured is not None:
+            found += attempt_objections(self.journal.sessions, offer)
         account = self._accounts[offer.dataset]
         return found + self.journal.ledger_objections(offer, self.settings.policy.max_rounds, account)
 
-    def _compute(self, offer: TaskOffer, dataset: DatasetSettings, heart: Heart) -> Release:
+    def compute(self, offer: TaskOffer, heart: Heart, unwanted: Callable[[], bool] = lambda: False) -> Release:
+        """Have the bytes of a task computed and journalled.
+
+        Args:
+            offer: has passed all checks.
+            heart: beats for it.
+            unwanted: whether the work may stop, for another reason than that the lease is lost.
+
+        Raises:
+            WorkRefused, WorkFailed, WorkCancelled
+        """
+        dataset = self.settings.dataset(offer.dataset)
+        assert dataset is not None, "an offer for another dataset was refused"
+
+        def cancelled() -> bool:
+            self._secured.tick()
+            return heart.lost is not None or unwanted()
+
         account, unit = self._accounts[offer.dataset], offer.spec.privacy.unit
         self.trainer.warm()
         model_path = self._model(offer, heart) if needs_model(offer) else None
@@ -234,7 +288,7 @@ class Agent:
             tell_counts=self.settings.policy.allow_exact_statistics and unit is PrivacyUnit.NONE,
         )
         try:
-            done = self.trainer.work(order, heart.alive, lambda: heart.lost is not None)
+            done = self.trainer.work(order, heart.alive, cancelled)
         except WorkFailed as failure:
             if unit is not PrivacyUnit.RECORD:
                 raise
@@ -252,6 +306,11 @@ class Agent:
     def _model(self, offer: TaskOffer, heart: Heart) -> Path:
         """The round's model as a file whose digest was checked, from the cache if it is there."""
         path = self.state.models / f"{offer.model.digest}.safetensors"
+
+        def arriving(_done: int, _all: int | None) -> None:
+            heart.alive(0.0)
+            self._secured.tick()
+
         if self._verified.holds(path, offer.model.digest):
             path.touch()
             self._verified.note(path, offer.model.digest)
@@ -260,7 +319,7 @@ class Agent:
         while True:
             attempt += 1
             try:
-                self.client.tasks.download_model(offer.model, path, progress=lambda _done, _all: heart.alive(0.0))
+                self.client.tasks.download_model(offer.model, path, progress=arriving)
             except (Unreachable, TimedOut, Refused) as error:
                 if isinstance(error, Refused) and error.code not in BUSY:
                     raise WorkFailed("The round's model cannot be fetched.", where=str(error)) from error
@@ -268,7 +327,7 @@ class Agent:
                     raise WorkCancelled from error
                 log.warning("model not fetched yet", extra={**_words(offer), "reason": str(error)})
                 asked_s = (error.retry_after_s or 0.0) if isinstance(error, Refused) else 0.0
-                self.sleep(min(LONGEST_PAUSE_S, max(backoff_s(attempt), asked_s)))
+                self.rest(min(LONGEST_PAUSE_S, max(backoff_s(attempt), asked_s)))
             except BadResponse as error:
                 raise WorkFailed("The round's model cannot be fetched.", where=str(error)) from error
             except OSError as error:
@@ -288,24 +347,38 @@ class Agent:
         on_progress: Callable[[], None] = lambda: None,
         wanted: Callable[[], bool] = lambda: True,
     ) -> tuple[HandedIn, str]:
+        def progressing() -> None:
+            on_progress()
+            self._secured.tick()
+
         try:
             return hand_in(
                 self.client,
                 self.journal,
                 release,
                 service_public_key=self.credentials.service_public_key,
-                sleep=self.sleep,
-                on_progress=on_progress,
+                sleep=self.rest,
+                on_progress=progressing,
                 wanted=wanted,
             )
         except ReceiptInvalid as error:
             log.error("receipt not valid", extra={"job": release.job, "task": release.task_id, "reason": str(error)})
             return HandedIn.KEPT, str(error)
 
-    def _claim(self, wait_s: int) -> TaskOffer | NoWork:
+    def rest(self, seconds: float) -> None:
+        """Wait, and do meanwhile what sessions of secured rounds ask for."""
+        if not self._secured.are_open:
+            self.sleep(seconds)
+            return
+        until = time.monotonic() + seconds
+        while (left_s := until - time.monotonic()) > 0:
+            self._secured.wait(left_s)
+
+    def _claim(self, wait_s: int, holding: tuple[UUID, ...] = ()) -> TaskOffer | NoWork:
+        """Ask for work. Perhaps in a second thread: it touches nothing but the client."""
         began = time.monotonic()
         try:
-            offer = self.client.tasks.claim(ClaimTask(datasets=tuple(self._served), holding=()), wait_s=wait_s)
+            offer = self.client.tasks.claim(ClaimTask(datasets=tuple(self._served), holding=holding), wait_s=wait_s)
         except Refused as refusal:
             if refusal.code in KEY_REFUSED:
                 raise KeyRefused(refusal) from refusal
@@ -349,18 +422,21 @@ class Agent:
             log.error("dataset refused", extra={"dataset": name, "reason": refusal.detail})
             return False
         self.state.note_contact()
+        self.journal.sessions.note_rows(name, body.rows)
         if body.handover is not None:
             note_told(self.journal, account.lineage)
         log.info("dataset announced", extra={"dataset": name, "rows": body.rows, "state": view.state})
         return True
 
-    def _refuse(self, offer: TaskOffer, reason: str, where: str = "") -> Outcome:
+    def refuse(self, offer: TaskOffer, reason: str, where: str = "") -> Outcome:
+        """Refuse a task: final for its round."""
         log.warning("task refused", extra={**_words(offer), "reason": reason, "where": where})
         body = RefuseTask(fence=offer.fence, reason=reason[:LONGEST_REASON])
         self._tell(lambda: self.client.tasks.refuse(offer.task_id, body), offer)
         return Outcome.REFUSED
 
-    def _fail(self, offer: TaskOffer, reason: str, where: str = "") -> Outcome:
+    def fail(self, offer: TaskOffer, reason: str, where: str = "") -> Outcome:
+        """Give a task up: it may be offered again."""
         log.error("task failed", extra={**_words(offer), "reason": reason, "where": where})
         body = FailTask(fence=offer.fence, reason=reason[:LONGEST_REASON])
         self._tell(lambda: self.client.tasks.fail(offer.task_id, body), offer)
@@ -385,7 +461,7 @@ class Agent:
                 wait_s = min(LONGEST_PAUSE_S, max(backoff_s(attempt), asked_s))
                 log.warning("service not available", extra={"reason": str(error), "again_in_s": round(wait_s, 1)})
                 self._end_idle_child()
-                self.sleep(wait_s)
+                self.rest(wait_s)
 
 
 def _words(offer: TaskOffer) -> dict[str, object]:

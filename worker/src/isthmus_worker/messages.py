@@ -53,6 +53,27 @@ class Work(_Message):
     """Whether a refusal may tell the service how many records are concerned; never with a privacy unit."""
 
 
+class MaskKey(_Message):
+    """One mask of an update: a stream of numbers that is added to it, or taken off."""
+
+    key: Digest = Field(repr=False)
+    """In hexadecimal."""
+    sign: Literal[1, -1]
+
+
+class Mask(_Message):
+    """Write the masked update of a secured round, from the vector that is kept."""
+
+    order: Literal["mask"] = "mask"
+    number: int
+    offer: TaskOffer
+    vector_path: Path
+    masked_path: Path
+    masks: tuple[MaskKey, ...] = Field(repr=False)
+    weight_share: float
+    """The update's weight over the largest of the roster."""
+
+
 class Cancel(_Message):
     """Stop working on this order."""
 
@@ -122,7 +143,7 @@ class Cancelled(_Message):
     answer: Literal["cancelled"] = "cancelled"
 
 
-Order = Warm | Describe | Work | Cancel
+Order = Warm | Describe | Work | Mask | Cancel
 Answer = Alive | Described | Done | Refusal | Failure | Cancelled
 
 ORDERS: Final[TypeAdapter[Order]] = TypeAdapter(Annotated[Order, Field(discriminator="order")])

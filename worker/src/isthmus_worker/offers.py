@@ -12,6 +12,9 @@ from isthmus.wire.rounds import TaskKind, TaskOffer, kind_of_round, task_manifes
 LEAST_VARIANCE: Final = 1e-24
 """Of a column that is not constant, beside the square of its mean (or 1, if that is larger)."""
 
+LARGEST_ATTEMPT: Final = (1 << 32) - 1
+"""Attempts are numbers of 4 bytes in what the keys of a secured round are bound to."""
+
 MOST_RECORDS: Final = 1e12
 """Of any dataset, as `AnnounceDataset.rows`."""
 
@@ -37,6 +40,7 @@ def contradictions(offer: TaskOffer, *, organization: str, datasets: Collection[
         found.append("The model's manifest is not that of the job's layers.")
     if offer.upload_manifest != task_manifest(offer.kind, spec, offer.round_number, offer.model_manifest):
         found.append("The upload's manifest is not what the job's spec makes of this task.")
+    found += _odd_secured(offer)
     found += plan_contradictions(spec, offer.plan, offer.model_manifest.averaged_elements) or _odd_steps(offer)
     if needs_statistics(offer):
         statistics = offer.statistics
@@ -49,6 +53,23 @@ def contradictions(offer: TaskOffer, *, organization: str, datasets: Collection[
             found.append("The federation's statistics are not those of the job's number columns.")
         elif not all(map(_plausible, statistics.mean, statistics.variance)):
             found.append("The federation's statistics hold a mean or a variance that no records have.")
+    return found
+
+
+def _odd_secured(offer: TaskOffer) -> list[str]:
+    """Whether a training round is secured as the job says: neither openly nor among fewer than it promises."""
+    promised = offer.spec.secure_aggregation is not None and offer.kind is TaskKind.TRAIN
+    if offer.secured is None:
+        return ["The job is under secure aggregation, and the task is not."] if promised else []
+    if not promised:
+        return ["The task is under secure aggregation, which the job does not ask for here."]
+    members, least, found = offer.secured.members, offer.spec.cohort.min_updates, []
+    if members < least:
+        found.append(f"The round has {members} members; the job sums no fewer than {least} updates.")
+    if offer.secured.index >= members:
+        found.append(f"This worker's place {offer.secured.index} is not among the {members} of the round.")
+    if not 1 <= offer.attempt <= LARGEST_ATTEMPT:
+        found.append(f"{offer.attempt} is no number of an attempt.")
     return found
 
 

@@ -30,7 +30,7 @@ def protect(
     if plan is not None and plan.where is NoisePlace.LOCAL:
         return _noised(update, plan)
     if privacy.unit is PrivacyUnit.RECORD or privacy.clip_norm is None:
-        _require_finite(update)
+        require_finite(update)
         return dict(update)
     return clip_by_global_norm(update, privacy.clip_norm)
 
@@ -42,7 +42,12 @@ def _noised(update: Mapping[str, NDArray[Any]], plan: PrivacyPlan) -> dict[str, 
     return {name: array.astype(update[name].dtype, copy=False) for name, array in noised.items()}
 
 
-def _require_finite(update: Mapping[str, NDArray[Any]]) -> None:
+def require_finite(update: Mapping[str, NDArray[Any]]) -> None:
+    """Goes on with an update that is finite.
+
+    Raises:
+        NonFiniteUpdate: some element is NaN or infinite.
+    """
     for name, array in update.items():
         with np.errstate(over="ignore", invalid="ignore"):
             total = array.sum()  # finite only if all elements are; one pass, and no room for a mask

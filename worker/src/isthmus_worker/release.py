@@ -4,15 +4,16 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import partial
-from typing import Final
+from pathlib import Path
+from typing import Final, Protocol
 from uuid import UUID
 
 from isthmus.client import BadResponse, Client, Refused, TimedOut, Unreachable
 from isthmus.client.receipts import ReceiptInvalid, verify_receipt
 from isthmus.wire.problems import ProblemCode
+from isthmus.wire.rounds import UpdateReceipt
 from isthmus_worker.journal import Journal, Release, ReleaseState
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,44 @@ class HandedIn(StrEnum):
     KEPT = "kept"  # for a later offer of the same round
 
 
+class VectorNeverLeaves(Exception):
+    """What is released under secure aggregation leaves masked, by `secured.sending`, and in no other way."""
+
+
+class Books(Protocol):
+    """What is written down while bytes are handed in, so that a worker killed at any moment knows what may have left."""
+
+    def asking(self) -> None:
+        """Admission is about to be asked for."""
+        ...
+
+    def admitted(self) -> None:
+        """The service has admitted the bytes, and none of them is sent yet. May be called again."""
+        ...
+
+    def answered(self, refusal: Refused) -> None:
+        """The service refused, whether or not it is asked again."""
+        ...
+
+    def refused(self, refusal: Refused) -> HandedIn:
+        """It is not asked again: what becomes of the bytes."""
+        ...
+
+    def received(self, receipt: UpdateReceipt) -> None:
+        """The service has the bytes, and has signed for them; the signature was verified."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """Bytes that are handed in for a task."""
+
+    task_id: UUID
+    fence: int
+    path: Path
+    digest: str
+
+
 def hand_in(
     client: Client,
     journal: Journal,
@@ -74,22 +113,45 @@ def hand_in(
 
     Raises:
         ReceiptInvalid: the receipt was not signed by the pinned key. The bytes are kept.
+        VectorNeverLeaves: the release is of a secured round.
     """
-    path, task_id, attempt = release.path, UUID(release.task_id), 0
-    assert path is not None, "the caller has looked whether the bytes are held"
+    if release.secured:
+        raise VectorNeverLeaves(f"release {release.id} is the vector of a secured round")
+    assert release.path is not None, "the caller has looked whether the bytes are held"
+    outgoing = Outgoing(UUID(release.task_id), release.fence, release.path, release.digest)
+    return send(
+        client,
+        outgoing,
+        PlainBooks(journal, release),
+        service_public_key=service_public_key,
+        sleep=sleep,
+        on_progress=on_progress,
+        wanted=wanted,
+    )
+
+
+def send(
+    client: Client,
+    outgoing: Outgoing,
+    books: Books,
+    *,
+    service_public_key: str,
+    sleep: Sleep,
+    on_progress: Callable[[], None],
+    wanted: Callable[[], bool],
+) -> tuple[HandedIn, str]:
+    """Admission, upload and receipt of some bytes, written down in `books`; otherwise as `hand_in`."""
+    attempt = 0
     while True:
         attempt += 1
-        was_unanswered = release.unanswered
-        if not was_unanswered:
-            journal.note_asking(release, unanswered=True)
-            release = replace(release, unanswered=True)
+        books.asking()
         try:
             receipt = client.tasks.submit_update(
-                task_id,
-                path,
-                digest=release.digest,
-                fence=release.fence,
-                on_admitted=partial(_record_spend, journal, release),
+                outgoing.task_id,
+                outgoing.path,
+                digest=outgoing.digest,
+                fence=outgoing.fence,
+                on_admitted=books.admitted,
                 progress=lambda _done, _all: on_progress(),
             )
         except (Unreachable, TimedOut) as error:
@@ -97,25 +159,65 @@ def hand_in(
                 return HandedIn.KEPT, str(error)
             wait_s = backoff_s(attempt)
             log.warning(
-                "upload interrupted", extra={"task": task_id, "reason": str(error), "again_in_s": round(wait_s, 1)}
+                "upload interrupted",
+                extra={"task": outgoing.task_id, "reason": str(error), "again_in_s": round(wait_s, 1)},
             )
             sleep(wait_s)
         except Refused as refusal:
-            code = _known(refusal)
-            if not was_unanswered and code is not ProblemCode.INTERNAL:
-                journal.note_asking(release, unanswered=False)
-                release = replace(release, unanswered=False)
-            if code in PASSING and attempt < ATTEMPTS:
+            books.answered(refusal)
+            if known(refusal) in PASSING and attempt < ATTEMPTS:
                 sleep(min(LONGEST_PAUSE_S, max(backoff_s(attempt), refusal.retry_after_s or 0.0)))
                 continue
-            return _refused(journal, release, refusal)
+            return books.refused(refusal), refusal.detail
         except BadResponse as error:
             return HandedIn.KEPT, str(error)
         else:
             verify_receipt(receipt, service_public_key)
-            _record_spend(journal, release)  # it has the bytes, even where it did not ask for them again
-            journal.mark_acknowledged(release, receipt)
+            books.received(receipt)
             return HandedIn.ACKNOWLEDGED, ""
+
+
+class PlainBooks:
+    """The books of bytes that were noised once and leave as they are."""
+
+    def __init__(self, journal: Journal, release: Release) -> None:
+        self.journal = journal
+        self.release = release
+        self._asked_before = release.unanswered
+
+    def asking(self) -> None:
+        """See `Books`."""
+        self._asked_before = self.release.unanswered
+        self._note(unanswered=True)
+
+    def admitted(self) -> None:
+        """Record the spend, once."""
+        if state_of(self.journal, self.release) is ReleaseState.PREPARED:
+            self.journal.mark_released(self.release)
+
+    def answered(self, refusal: Refused) -> None:
+        """Nothing was admitted, unless an earlier question went unanswered."""
+        if not self._asked_before and known(refusal) is not ProblemCode.INTERNAL:
+            self._note(unanswered=False)
+
+    def refused(self, refusal: Refused) -> HandedIn:
+        """Only what was prepared and never released may be forgotten, and only where its round is over for us."""
+        code = known(refusal)
+        waits = state_of(self.journal, self.release) is ReleaseState.PREPARED
+        if waits and code not in LATER | PASSING:
+            if self.journal.give_up(self.release, code) is ReleaseState.DISCARDED:
+                return HandedIn.DISCARDED
+        return HandedIn.KEPT
+
+    def received(self, receipt: UpdateReceipt) -> None:
+        """Keep the receipt; the bytes can go."""
+        self.admitted()  # it has the bytes, even where it did not ask for them again
+        self.journal.mark_acknowledged(self.release, receipt)
+
+    def _note(self, *, unanswered: bool) -> None:
+        if self.release.unanswered is not unanswered:
+            self.journal.note_asking(self.release, unanswered=unanswered)
+            self.release = replace(self.release, unanswered=unanswered)
 
 
 def backoff_s(attempt: int) -> float:
@@ -124,29 +226,13 @@ def backoff_s(attempt: int) -> float:
     return full * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
 
 
-def _known(refusal: Refused) -> ProblemCode:
+def known(refusal: Refused) -> ProblemCode:
     """A code that we do not know tells nothing of what the service did: it counts as a failure of its own."""
     return refusal.code if isinstance(refusal.code, ProblemCode) else ProblemCode.INTERNAL
 
 
-def _refused(journal: Journal, release: Release, refusal: Refused) -> tuple[HandedIn, str]:
-    """Only what was prepared and never released may be forgotten, and only where its round is over for us."""
-    waits = _state(journal, release) is ReleaseState.PREPARED
-    if (
-        waits
-        and (code := _known(refusal)) not in LATER | PASSING
-        and journal.give_up(release, code) is ReleaseState.DISCARDED
-    ):
-        return HandedIn.DISCARDED, refusal.detail
-    return HandedIn.KEPT, refusal.detail
-
-
-def _record_spend(journal: Journal, release: Release) -> None:
-    if _state(journal, release) is ReleaseState.PREPARED:
-        journal.mark_released(release)
-
-
-def _state(journal: Journal, release: Release) -> ReleaseState | None:
+def state_of(journal: Journal, release: Release) -> ReleaseState | None:
+    """Where a release stands now; None: it was discarded."""
     found = journal.find(release.key)
     return found.state if found is not None and found.id == release.id else None
 

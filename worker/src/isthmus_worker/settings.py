@@ -121,6 +121,8 @@ class Policy(_Section):
     """Fewest updates with which the job may close a round."""
     max_rounds: int = Field(default=1000, ge=1, le=1_000_000)
     max_model_bytes: int = Field(default=1_000_000_000, ge=1)
+    pinned_peers_only: bool = False
+    """Whether under secure aggregation only organizations may be in a round whose keys were trusted here beforehand."""
 
     @model_validator(mode="before")
     @classmethod
@@ -267,6 +269,7 @@ entry_points = []                # model functions that you installed and trust
 #   "record"                one record more or less cannot be told; the noise is added here, in every training step
 #   "organization-central"  all of your data cannot be told; the service adds the noise, and sees your update before
 #   "organization-local"    the same, with the noise added here
+#   "organization-distributed"  the same, with the noise added by all organizations together, under secure aggregation
 #   "none"                  no promise at all: what leaves is not counted in any budget
 modes = ["record"]
 # max_epsilon = 3              # the most that one job may take of the budget
@@ -278,6 +281,7 @@ min_rows = 10                    # fewest training records, and held-out ones be
 min_cohort = 3                   # a round must not close with fewer updates than that
 max_rounds = 100
 max_model_bytes = 100_000_000
+pinned_peers_only = false        # secure aggregation only among those whom `isthmus-worker peers trust` has named
 
 [resources]
 max_memory_mb = 4096

@@ -66,6 +66,11 @@ class StateDir:
         return self.root / "releases"
 
     @property
+    def masked(self) -> Path:
+        """Masked updates of secured rounds, until the service has signed for them. They can be made again."""
+        return self.root / "masked"
+
+    @property
     def models(self) -> Path:
         """Checkpoints by digest."""
         return self.root / "models"
@@ -96,7 +101,7 @@ class StateDir:
     def open(cls, root: Path) -> "StateDir":
         """The state directory at `root`, made if need be."""
         state = cls(root)
-        for path in (root, state.releases, state.models, state.scratch):
+        for path in (root, state.releases, state.masked, state.models, state.scratch):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return state
 

@@ -28,6 +28,7 @@ from isthmus_worker.messages import (
     Described,
     Done,
     Failure,
+    Mask,
     Order,
     Refusal,
     Warm,
@@ -87,17 +88,25 @@ class Trainer:
             self._send(Warm())
         self._used_at = time.monotonic()
 
-    def describe(self, dataset: DatasetSettings, known: str | None = None) -> Described:
+    def describe(
+        self, dataset: DatasetSettings, known: str | None = None, meanwhile: Callable[[], None] = lambda: None
+    ) -> Described:
         """The columns and the number of records of a dataset, read by a child.
 
         Args:
             dataset: as the configuration names it.
             known: the stamp of its file when its content was taken last.
+            meanwhile: called all the time.
 
         Raises:
             WorkRefused, WorkFailed: it cannot be read.
         """
-        answer = self._ask(Describe(dataset=dataset, known=known), lambda _progress: None, lambda: False)
+
+        def never() -> bool:
+            meanwhile()
+            return False
+
+        answer = self._ask(Describe(dataset=dataset, known=known), lambda _progress: None, never)
         if not isinstance(answer, Described):
             raise WorkFailed(_NO_ANSWER)
         return answer
@@ -112,6 +121,18 @@ class Trainer:
 
         Raises:
             WorkRefused, WorkFailed, WorkCancelled
+        """
+        self._number += 1
+        answer = self._ask(order.model_copy(update={"number": self._number}), on_alive, cancelled)
+        if not isinstance(answer, Done):
+            raise WorkFailed(_NO_ANSWER)
+        return answer
+
+    def mask(self, order: Mask, on_alive: Callable[[float], None], cancelled: Callable[[], bool]) -> Done:
+        """Have a masked update written; otherwise as `work`.
+
+        Raises:
+            WorkFailed, WorkCancelled
         """
         self._number += 1
         answer = self._ask(order.model_copy(update={"number": self._number}), on_alive, cancelled)
@@ -147,7 +168,9 @@ class Trainer:
         self._heard = b""
         self._process = start_child(self._resources, self._scratch)
 
-    def _ask(self, order: Work | Describe, on_alive: Callable[[float], None], cancelled: Callable[[], bool]) -> Answer:
+    def _ask(
+        self, order: Work | Mask | Describe, on_alive: Callable[[float], None], cancelled: Callable[[], bool]
+    ) -> Answer:
         if self._process is None or self._process.poll() is not None:
             self._start()
         try:
@@ -167,7 +190,7 @@ class Trainer:
         return answer
 
     def _await(
-        self, order: Work | Describe, on_alive: Callable[[float], None], cancelled: Callable[[], bool]
+        self, order: Work | Mask | Describe, on_alive: Callable[[float], None], cancelled: Callable[[], bool]
     ) -> Answer:
         began = heard = time.monotonic()
         give_up: float | None = None
@@ -181,7 +204,7 @@ class Trainer:
             self._check_limits(now - began, now - heard)
             if give_up is None and cancelled():
                 give_up = now + CANCEL_S
-                if isinstance(order, Work):
+                if isinstance(order, Work | Mask):
                     self._send(Cancel(number=order.number))
             if give_up is not None and now > give_up:
                 raise WorkCancelled

@@ -31,10 +31,12 @@ from isthmus_worker.private_evaluation import noised_quality
 from isthmus_worker.private_statistics import measure_privately
 from isthmus_worker.protection import protect
 from isthmus_worker.refusals import WorkBroken
+from isthmus_worker.secured.masking import kept_manifest, kept_of
 from isthmus_worker.training import train
 
 Tell = Callable[[float], None]
 Arrays = dict[str, NDArray[Any]]
+Leaving = Callable[[Mapping[str, NDArray[Any]], JobSpec, PrivacyPlan | None], Arrays]
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def _train(order: Work, desk: Desk, tell: Tell) -> tuple[Arrays, Measures]:
         round_number=offer.round_number,
         seed=_seed(offer),
         tell=tell,
+        leaving=kept_of if offer.secured is not None else None,
     )
 
 
@@ -140,6 +143,7 @@ def local_update(
     round_number: int,
     seed: str,
     tell: Tell,
+    leaving: Leaving | None = None,
 ) -> tuple[Arrays, Measures]:
     """One participation's part in a training round, from the round's model to the update that may leave.
 
@@ -153,6 +157,8 @@ def local_update(
         round_number: the round's; it decides whether the round's model is measured first.
         seed: the task's.
         tell: hears of progress; may raise to stop the work.
+        leaving: makes of the update, the job and the plan what is kept of it, clipped and noised as the job says;
+            None: `protect`.
 
     Returns:
         The update, protected as the job says, and what was measured.
@@ -173,15 +179,20 @@ def local_update(
     loss = _trained(model, split.training, spec, plan, manifest=manifest, seed=seed, tell=tell)
     measures = measures.with_training(loss, len(split.training), told=spec.releases_exact_metrics)
     update = difference(views_of_arrays(model), before, manifest)
+    keep = leaving or _protected
     try:
-        return protect(update, spec.privacy, plan), measures
+        return keep(update, spec, plan), measures
     except NonFiniteUpdate:
         if plan is None:
             raise WorkBroken(
                 "Training diverged: the update holds NaN or an infinity. A smaller learning rate helps."
             ) from None
     still = {name: np.zeros_like(array) for name, array in update.items()}
-    return protect(still, spec.privacy, plan), measures
+    return keep(still, spec, plan), measures
+
+
+def _protected(update: Mapping[str, NDArray[Any]], spec: JobSpec, plan: PrivacyPlan | None) -> Arrays:
+    return protect(update, spec.privacy, plan)
 
 
 def _trained(
@@ -302,9 +313,11 @@ def _released(metrics: Mapping[str, float], manifest: Manifest) -> Arrays:
 
 
 def _composed(tensors: Arrays, order: Work, metrics: dict[str, float]) -> Done:
-    """Write exactly what the manifest names, and nothing else."""
+    """Write exactly what the manifest names, and nothing else; of a secured round, what is kept to be masked."""
+    offer = order.offer
+    manifest = offer.upload_manifest if offer.secured is None else kept_manifest(offer)
     try:
-        check_manifest(Header(types_of(tensors)), order.offer.upload_manifest)
+        check_manifest(Header(types_of(tensors)), manifest)
     except CodecError as error:
         raise WorkBroken(f"The result is not what the task's manifest names: {error}") from None
     digest = write(order.upload_path, tensors, durable=False)  # `Journal.prepare` syncs it

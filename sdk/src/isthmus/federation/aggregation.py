@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,10 @@ SHARED_ELEMENTS: Final = 1 << 18
 AHEAD: Final = 2
 """So many results a thread at most wait to be written."""
 ALIGNMENT_BYTES: Final = 4096
+
+
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
 
 
 class NonFiniteAggregate(ArithmeticError):
@@ -259,7 +263,7 @@ def fold(
     idle: queue.SimpleQueue[Buffers] = queue.SimpleQueue()
     for _ in range(threads):
         idle.put(Buffers(block_elements))
-    with closing(_in_order(compute, pieces, threads)) as results:
+    with closing(in_order(compute, pieces, threads)) as results:
         for written in results:
             for block in written:
                 target = sink if block.slot is None else state_sink
@@ -334,14 +338,14 @@ class _Fold:
         return found
 
 
-def _in_order(
-    compute: Callable[[_Piece], list[_Written]], pieces: Sequence[_Piece], threads: int
-) -> Generator[list[_Written], None, None]:
-    """What `compute` makes of each piece, in their order, while threads are a few pieces ahead."""
+def in_order(
+    compute: Callable[[_Given], _Made], pieces: Sequence[_Given], threads: int
+) -> Generator[_Made, None, None]:
+    """What `compute` makes of each piece, in their order, while threads are a few pieces ahead. Close it at the end."""
     if threads == 1:
         yield from map(compute, pieces)
         return
-    ahead: deque[Future[list[_Written]]] = deque()
+    ahead: deque[Future[_Made]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="fold") as pool:
         try:
             for piece in pieces:

@@ -7,6 +7,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.privacy.sensitivity import check_noise_multiplier
+
 Tensors = Mapping[str, NDArray[np.floating[Any]]]
 
 _BLOCK: Final = 1 << 16
@@ -104,16 +106,6 @@ def norm_bound(clip_norm: float, noise_multiplier: float, elements: int) -> floa
     if elements < 0:
         raise ValueError("a number of elements is not negative")
     return clip_norm * (1.0 + noise_multiplier * (math.sqrt(elements) + _TAIL)) * (1.0 + 2.0 * _RELATIVE)
-
-
-def check_noise_multiplier(noise_multiplier: float) -> None:
-    """Whether sigma is a finite number from zero.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
-        raise ValueError(f"noise_multiplier is {noise_multiplier}; it must be finite and not negative")
 
 
 def check_clip_norm(clip_norm: float) -> None:

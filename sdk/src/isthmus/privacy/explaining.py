@@ -5,6 +5,14 @@ Words follow from the job's spec alone. Figures for a dataset are in its plan, a
 
 from typing import NamedTuple
 
+from isthmus.privacy.explaining_secured import (
+    assumptions_of_masks,
+    honest_enough,
+    mechanism_of_masks,
+    mechanism_of_shares,
+    not_hidden_by_masks,
+    released_under_masks,
+)
 from isthmus.wire.jobs import EvaluationRelease, JobSpec
 from isthmus.wire.privacy import PrivacyMode, PrivacyUnit
 from isthmus.wire.rounds import evaluates_in_round
@@ -29,7 +37,7 @@ def explanation_of(spec: JobSpec) -> Explanation:
     """The words of a job's privacy report."""
     mode = spec.privacy.mode
     return Explanation(
-        mechanism=_mechanism(spec),
+        mechanism=_mechanism(spec) + (f" {mechanism_of_masks(spec)}" if spec.secure_aggregation else ""),
         adjacency=_ADJACENCY[mode],
         guarantee=_guarantee(spec),
         accountant=_ACCOUNTANT_OF_NOTHING if mode is PrivacyMode.NONE else _accountant(mode),
@@ -65,8 +73,8 @@ def _mechanism(spec: JobSpec) -> str:
             "a round, on a lattice of whole numbers, to the sum of all updates."
         )
     return (
-        f"At each worker, {bounded} on a lattice of whole numbers, and a share of the noise is added; only the sum of "
-        "all updates is ever opened."
+        f"At each worker, {bounded} on a lattice of whole numbers, and a share of the noise, an exact discrete "
+        f"Gaussian of its own, is added before the update is masked. {mechanism_of_shares(spec)}"
     )
 
 
@@ -79,8 +87,8 @@ _ADJACENCY = {
     ),
     PrivacyMode.LOCAL: "Two datasets of one organization that may differ in every record (replace all).",
     PrivacyMode.DISTRIBUTED: (
-        "Two rounds of the same organizations in which one organization's contribution is its own, or nothing at all "
-        "(zero out one); how many take part is public."
+        "Two rounds of the same organizations in which one organization's update is its own, or zero, with its share "
+        "of the noise either way (zero out one); how many take part is public."
     ),
 }
 
@@ -99,8 +107,9 @@ def _guarantee(spec: JobSpec) -> str:
             "" if privacy.clip_norm is None else f" Updates are clipped to {privacy.clip_norm:g}; without noise that "
             "bounds what one update changes, and hides nothing."
         )  # fmt: skip
+        what = "sums of updates" if spec.secure_aggregation else "updates"
         return (
-            f"{NO_CLAIM} What this job releases may tell anything about single records: updates and models can be "
+            f"{NO_CLAIM} What this job releases may tell anything about single records: {what} and models can be "
             f"inverted, and records be recognised in them.{clipped}"
         )
     figures = (
@@ -122,11 +131,10 @@ def _guarantee(spec: JobSpec) -> str:
             f"have come out almost the same with any other records in their place; {_ALMOST}. {figures}"
         )
     whom = "the researcher, the other organizations together, and whoever receives the models"
-    trust = (
-        "The operator of this service is not among them: it is trusted with every single update."
-        if privacy.mode is PrivacyMode.CENTRAL
-        else "The operator of this service is among them as long as enough organizations are honest."
-    )
+    trust = "The operator of this service is not among them: it is trusted with every single update."
+    if privacy.mode is PrivacyMode.DISTRIBUTED:
+        whom = "the operator of this service, the researcher, and whoever receives the models"
+        trust = honest_enough(spec)
     return (
         f"For every organization, and against {whom}: the models that this job publishes would have come out almost "
         f"the same if the organization had contributed nothing; {_ALMOST}. {figures} {trust}"
@@ -150,14 +158,20 @@ def _accountant(mode: PrivacyMode) -> str:
         " The datasets' ledgers are of records. One record more or less may turn an update into any other within the "
         "bound, which is twice as far as from an update to nothing; so they count each round with twice the "
         "sensitivity, and show more for this job than is claimed here."
-        if mode is PrivacyMode.CENTRAL
+        if mode in (PrivacyMode.CENTRAL, PrivacyMode.DISTRIBUTED)
+        else ""
+    )
+    shares = (
+        " A sum of discrete Gaussian shares is not quite a discrete Gaussian; what it is more is counted (Kairouz, Liu "
+        "and Steinke 2021), for every parameter of the model."
+        if mode is PrivacyMode.DISTRIBUTED
         else ""
     )
     return (
         "Rényi differential privacy at fixed orders, in whole billionths that are rounded up. Every release of the "
         "job is added up, whatever the later ones depend on (adaptive composition), and the sum is converted to "
         "epsilon at delta; a hundredth of delta is kept for the sampler of the noise. The figure by privacy loss "
-        f"distributions (dp-accounting) is shown beside it and enforces nothing.{sampled}{ledgers}"
+        f"distributions (dp-accounting) is shown beside it and enforces nothing.{sampled}{shares}{ledgers}"
     )
 
 
@@ -167,11 +181,12 @@ def _accountant(mode: PrivacyMode) -> str:
 def _assumptions(spec: JobSpec) -> list[str]:
     mode = spec.privacy.mode
     if mode is PrivacyMode.NONE:
-        return [
+        operator = "the sum of each round's updates" if spec.secure_aggregation else "every single update"
+        trusted = (
             "Everybody who receives something is trusted with the records behind it: the operator of this service "
-            "with every single update, the researcher and the other organizations with the models and what is "
-            "measured."
-        ]
+            f"with {operator}, the researcher and the other organizations with the models and what is measured."
+        )
+        return [trusted, *(assumptions_of_masks(spec) if spec.secure_aggregation else ())]
     where = "this service" if mode is PrivacyMode.CENTRAL else "each organization's worker"
     found = [
         f"The noise is drawn by {where}, which runs this platform's program unchanged: from the operating system's "
@@ -198,6 +213,8 @@ def _assumptions(spec: JobSpec) -> list[str]:
             "The operator of this service is honest: it uses each update for nothing but its round's sum, and nobody "
             "else reads the service's memory, files and backups."
         )
+    if spec.secure_aggregation is not None:
+        found += assumptions_of_masks(spec)
     return [*found, _persons(spec)]
 
 
@@ -237,8 +254,15 @@ def _not_protected(spec: JobSpec) -> list[str]:
         "What happens at the organization itself: who reads its records, its worker's files and memory, the results "
         "that stay there, and side channels of its computer."
     )
+    masks = not_hidden_by_masks(spec) if spec.secure_aggregation else []
     if mode is PrivacyMode.NONE:
-        return ["Single records, and everything else that updates, models and measurements tell.", public, timing]
+        told = "sums of updates" if spec.secure_aggregation else "updates"
+        return [
+            f"Single records, and everything else that {told}, models and measurements tell.",
+            *masks,
+            public,
+            timing,
+        ]
     found = [population]
     if mode is PrivacyMode.RECORD:
         found += [
@@ -259,6 +283,7 @@ def _not_protected(spec: JobSpec) -> list[str]:
             "organization's update as it was trained, merely bounded."
         )
     most = spec.privacy.max_orgs_per_person
+    found += masks
     found += [
         "A person whose records lie with more than "
         + ("one organization." if most == 1 else f"{most} organizations, as far as they do."),
@@ -306,6 +331,8 @@ _RELEASED_STATISTICS = {
 def _released_updates(spec: JobSpec) -> str:
     which = f"Updates of the model ({spec.rounds} rounds of training)"
     clip = spec.privacy.clip_norm
+    if spec.secure_aggregation is not None:
+        return released_under_masks(spec, which)
     return {
         PrivacyMode.NONE: (
             f"{which}: as they were trained"
@@ -321,7 +348,7 @@ def _released_updates(spec: JobSpec) -> str:
             f"{which}: bounded, to this service alone; of each round only the noised mean is published. Each round is "
             "charged, before the noise is drawn."
         ),
-        PrivacyMode.DISTRIBUTED: f"{which}: noised in shares and hidden in their sum. Each round is charged.",
+        PrivacyMode.DISTRIBUTED: "",  # refused without secure aggregation
     }[spec.privacy.mode]
 
 

@@ -11,15 +11,15 @@ and that is the sensitivity to which noise is added. Whether it holds is checked
 
 import math
 from collections.abc import Iterator, Mapping
-from fractions import Fraction
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.privacy.clipping import Tensors, check_clip_norm, check_noise_multiplier, global_norm
+from isthmus.privacy.clipping import Tensors, check_clip_norm, global_norm
 from isthmus.privacy.discrete_gaussian import MAX_VARIANCE, Integers, Noise
 from isthmus.privacy.keystream import Keystream
+from isthmus.privacy.sensitivity import rounding_reach, share_of_variance
 
 UPDATE_SCALE: Final = 1 << 20
 """Steps in the bound of a whole update: for a million elements, rounding adds 0.05 % to the sensitivity."""
@@ -53,7 +53,7 @@ class Lattice:
         self.clip_norm = float(clip_norm)
         self.scale = scale
         self.dimension = dimension
-        self.sensitivity = scale + _half_root_above(dimension)
+        self.sensitivity = scale + rounding_reach(dimension)
         """D: the largest norm of an encoded vector, in steps."""
         self.step = self.clip_norm / scale
         """What one step is worth, in the units of the parameters."""
@@ -64,9 +64,18 @@ class Lattice:
         if self.step < np.finfo(np.float64).tiny or not math.isfinite(scale / self.clip_norm):
             raise ValueError(f"clip_norm is {clip_norm}; with {scale} steps, one step would be too small for float64")
 
-    def bound_holds(self, squares: int) -> bool:
-        """Whether a vector whose squares sum up to `squares` keeps the sensitivity: in whole numbers."""
-        return squares <= self.sensitivity**2
+    def reach(self, share: float) -> int:
+        """The largest norm, in steps, of a vector that is counted by `share` (above 0, up to 1) before it is rounded.
+
+        That of share 1 is the sensitivity.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"a vector's share is {share}; it must be above 0, and 1 at most")
+        return math.ceil(share * self.scale) + rounding_reach(self.dimension)
+
+    def bound_holds(self, squares: int, share: float = 1.0) -> bool:
+        """Whether a vector whose squares sum up to `squares` keeps its reach, the sensitivity: in whole numbers."""
+        return squares <= self.reach(share) ** 2
 
     def factor_of(self, norm: float) -> float:
         """What an update of this norm is multiplied with before it is rounded: steps per unit, less if it is too long.
@@ -93,11 +102,27 @@ class Lattice:
         Guarantees:
             The sum of the squares is at most sensitivity^2, in exact arithmetic, whatever the update holds.
         """
-        factor = self._safe_factor(update)
         found = np.empty(self.dimension, np.int64)
-        for start, block in _blocks(update):
-            found[start : start + block.size] = to_lattice(block, factor)
+        for start, integers in self.encoded(update):
+            found[start : start + integers.size] = integers
         return found
+
+    def encoded(self, update: Tensors, share: float = 1.0) -> Iterator[tuple[int, Integers]]:
+        """As `encode`, in blocks, each with its place; and times `share`, before anything is rounded.
+
+        Args:
+            update: as for `encode`.
+            share: above 0, up to 1.
+
+        Raises:
+            NonFiniteUpdate, ValueError: as for `encode`.
+
+        Guarantees:
+            The sum of the squares of all blocks is at most reach(share)^2, in exact arithmetic.
+        """
+        factor = self._safe_factor(update, share)
+        for start, block in _blocks(update):
+            yield start, to_lattice(block, factor)
 
     def decode(self, integers: Integers, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
         """Integers, with their noise, in the units of the parameters.
@@ -159,13 +184,15 @@ class Lattice:
                 np.multiply(integers, self.step, out=flat[start : start + block.size], casting="unsafe")
         return found
 
-    def _safe_factor(self, update: Tensors) -> float:
+    def _safe_factor(self, update: Tensors, share: float = 1.0) -> float:
         """The factor with which the update keeps the bound: the one for its norm, or a millionth less."""
         elements = sum(array.size for array in update.values())
         if elements != self.dimension:
             raise ValueError(f"the update has {elements} elements, the lattice {self.dimension}")
-        factor = self.factor_of(global_norm(update))
-        while not self.bound_holds(sum(sum_of_squares(to_lattice(block, factor)) for _, block in _blocks(update))):
+        factor = self.factor_of(global_norm(update)) * share
+        while not self.bound_holds(
+            sum(sum_of_squares(to_lattice(block, factor)) for _, block in _blocks(update)), share
+        ):
             factor *= _SHRINK
         return factor
 
@@ -191,11 +218,11 @@ def to_lattice(block: NDArray[np.floating[Any]], factor: float) -> Integers:
     return integers
 
 
-def sum_of_squares(integers: Integers) -> int:
+def sum_of_squares(integers: NDArray[np.signedinteger[Any]]) -> int:
     """The sum of the squares, exact wherever it matters.
 
     Args:
-        integers: int64 of any shape, each below 2^53 in magnitude.
+        integers: of any shape, each below 2^53 in magnitude.
 
     Returns:
         The sum if it is below 2^53; otherwise 2^53 or more, which no lattice's bound allows (it is 2^52 at most).
@@ -217,18 +244,10 @@ def variance_of(noise_multiplier: float, sensitivity: int) -> int:
     Raises:
         ValueError: an argument outside of its range, or sigma^2 above what can be sampled.
     """
-    check_noise_multiplier(noise_multiplier)
-    if noise_multiplier == 0 or sensitivity < 1:
-        raise ValueError(f"noise {noise_multiplier} times a sensitivity of {sensitivity} is none at all")
-    variance = math.ceil((Fraction(noise_multiplier) * sensitivity) ** 2)
+    variance = share_of_variance(noise_multiplier, sensitivity, 1)
     if variance > MAX_VARIANCE:
         raise ValueError(f"a noise_multiplier of {noise_multiplier} on {sensitivity} steps is more than can be sampled")
     return variance
-
-
-def _half_root_above(dimension: int) -> int:
-    """ceil(sqrt(dimension) / 2), in whole numbers: the least m with 4 m^2 >= dimension."""
-    return math.isqrt((dimension - 1) // 4) + 1
 
 
 def _blocks(update: Tensors) -> Iterator[tuple[int, NDArray[np.floating[Any]]]]:

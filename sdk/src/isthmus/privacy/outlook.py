@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from isthmus.privacy.cost import Limit, times_within
-from isthmus.privacy.planning import PlanImpossible, costs_by_round, grant_cost, plan_of
+from isthmus.privacy.planning import PlanImpossible, costs_by_round, grant_cost, noise_shares, plan_of
 from isthmus.wire.datasets import Budget
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.privacy import NoisePlace, PrivacyPlan, PrivacyUnit
+from isthmus.wire.secured import SMALLEST_COHORT
 
 FEW_ORGANIZATIONS: Final = 50
 """Below so many, noise that hides a whole organization drowns what the others say."""
@@ -30,7 +31,8 @@ class DatasetOutlook:
         obstacle: why no noise reaches the target here.
         epsilon_by_round: (round, epsilon of everything until then), for every round or some of them.
         step_noise: standard deviation of the noise on one coordinate of one mean that this site computes, in units of
-            the clip: of a step's mean gradient for records, of its update for local noise. None for central noise.
+            the clip: of a step's mean gradient for records, of its update for local noise. None where only the mean
+            has noise enough.
         jobs_in_budget: how many jobs of this kind a fresh budget allows; None without a budget.
     """
 
@@ -84,7 +86,7 @@ def outlook_of(spec: JobSpec, sites: Sequence[tuple[str, int, Budget | None]], e
     if noises:
         mean_noise = math.sqrt(sum(noise * noise for noise in noises)) / len(datasets)
     elif plans:
-        mean_noise = plans[0].noise_multiplier / len(datasets)
+        mean_noise = plans[0].noise_multiplier * _too_much(spec, len(datasets)) / len(datasets)
     return Outlook(datasets, len(datasets), mean_noise, tuple(_advice(spec, datasets, mean_noise)))
 
 
@@ -108,10 +110,34 @@ def _of_site(spec: JobSpec, name: str, rows: int, budget: Budget | None, element
     return DatasetOutlook(name, rows, plan, None, curve, _step_noise(plan), jobs)
 
 
+def _too_much(spec: JobSpec, members: int) -> float:
+    """The noise of a sum, in units of what its claim needs: shares are sized for fewer members than add them."""
+    return math.sqrt(members / noise_shares(spec)) if spec.privacy.where is NoisePlace.DISTRIBUTED else 1.0
+
+
 def _step_noise(plan: PrivacyPlan) -> float | None:
     if plan.unit is PrivacyUnit.RECORD:
         return plan.noise_multiplier / plan.expected_batch
     return 2.0 * plan.noise_multiplier if plan.where is NoisePlace.LOCAL else None
+
+
+def _advice_on_masks(spec: JobSpec, datasets: int) -> list[str]:
+    """What to change of a job under secure aggregation."""
+    secured, found = spec.secure_aggregation, []
+    if secured is None:
+        return []
+    if 1 < datasets < spec.cohort.min_updates:  # a single one is asked about by itself
+        found.append(
+            f"A round is summed with cohort.min_updates {spec.cohort.min_updates} or more updates, and there are "
+            f"{datasets} datasets: it cannot take place with these."
+        )
+    if spec.privacy.where is NoisePlace.DISTRIBUTED and secured.max_colluding == 0:
+        found.append(
+            "Against another organization of the round the claim does not hold: it knows its own share of the noise. "
+            "Write secure_aggregation: {max_colluding: 1}, or as many as may put their shares together; fewer than a "
+            "third of cohort.min_updates."
+        )
+    return found
 
 
 def _advice(spec: JobSpec, datasets: Sequence[DatasetOutlook], mean_noise: float | None) -> list[str]:
@@ -125,15 +151,17 @@ def _advice(spec: JobSpec, datasets: Sequence[DatasetOutlook], mean_noise: float
         if one.obstacle is not None:
             found.append(f"{one.name}: {one.obstacle}.")
     if privacy.unit is PrivacyUnit.ORGANIZATION and len(datasets) < FEW_ORGANIZATIONS and mean_noise is not None:
+        hidden = " with secure_aggregation" if len(datasets) >= SMALLEST_COHORT else ""
         found.append(
-            f"With {len(datasets)} organizations use unit: record: hiding a whole organization among so few takes "
-            f"noise of {mean_noise:.2g} times the clip on every coordinate of the mean."
+            f"With {len(datasets)} organizations use unit: record{hidden}: hiding a whole organization among so few "
+            f"takes noise of {mean_noise:.2g} times the clip on every coordinate of the mean."
         )
     elif mean_noise is not None and mean_noise > LOUD:
         found.append(
             f"The noise on a step's mean is {mean_noise:.2g} times the clip on every coordinate, and little will be "
             "learned: use larger batches, fewer rounds or epochs, a larger epsilon, or more records."
         )
+    found += _advice_on_masks(spec, len(datasets))
     tight = [one for one in datasets if one.jobs_in_budget == 0]
     if tight:
         names = ", ".join(one.name for one in tight[:3])

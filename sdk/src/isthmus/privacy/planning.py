@@ -7,13 +7,22 @@ Everything that leaves is a release of one round: statistics (round 0), an updat
 (rounds 1 to R), an evaluation (round R + 1). Results that stay at the site are no release and cost nothing.
 """
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Final
 
-from isthmus.privacy.calibration import smallest_noise_multiplier
+from isthmus.privacy.calibration import HIGHEST, LOWEST, smallest_noise_multiplier
 from isthmus.privacy.cost import MAX_EPSILON, Cost, Limit
-from isthmus.privacy.events import Event, GaussianRelease, PoissonGaussianRelease, Repeated, Together
+from isthmus.privacy.events import (
+    DistributedGaussianRelease,
+    Event,
+    GaussianRelease,
+    PoissonGaussianRelease,
+    Repeated,
+    Together,
+)
+from isthmus.privacy.sensitivity import most_secured_noise, secured_steps
 from isthmus.wire.base import digest_of
 from isthmus.wire.jobs import EvaluationRelease, JobSpec
 from isthmus.wire.privacy import NoisePlace, PrivacyPlan, PrivacyUnit
@@ -56,13 +65,42 @@ def plan_of(spec: JobSpec, rows: int, elements: int) -> PrivacyPlan | None:
     return _planned(digest_of(_essence(spec)), _Hidden(spec), rows, elements)
 
 
-def round_event(spec: JobSpec, plan: PrivacyPlan, number: int, *, ledger: bool = False) -> Event | None:
+def noise_shares(spec: JobSpec) -> int:
+    """How many organizations' noise is surely in a round's sum under `where: distributed`, and unknown to others.
+
+    At least `cohort.min_updates` are in the sum; `secure_aggregation.max_colluding` of them may tell the service what
+    they added. It is also how many honest organizations the claim needs.
+    """
+    assert spec.secure_aggregation is not None, "shares of noise go with secure aggregation: checked by the spec"
+    return spec.cohort.min_updates - spec.secure_aggregation.max_colluding
+
+
+def secured_noise(spec: JobSpec, plan: PrivacyPlan | None) -> tuple[float, int, int]:
+    """What each member of a secured round adds to its update: noise multiplier (0: nothing), apart and shares.
+
+    As `isthmus.privacy.sensitivity.secured_steps` takes them. Under `where: local` each member's own noise hides it,
+    and neighbours are twice the bound apart; under `where: distributed` the noise of all honest members does.
+    """
+    if plan is None or plan.unit is not PrivacyUnit.ORGANIZATION:
+        return 0.0, 1, 1
+    return plan.noise_multiplier, *_apart_in_shares(spec)
+
+
+def _apart_in_shares(spec: JobSpec) -> tuple[int, int]:
+    return (1, noise_shares(spec)) if spec.privacy.where is NoisePlace.DISTRIBUTED else (2, 1)
+
+
+def round_event(spec: JobSpec, plan: PrivacyPlan, number: int, elements: int, *, ledger: bool = False) -> Event | None:
     """What is released in round `number`, as one event; None if nothing of it is (results stay at the site).
 
     Args:
+        elements: parameters of the model that rounds average.
         ledger: as a dataset's ledger counts it. Ledgers are of records: they count what one record more or less may
-            change. Under `where: central` that is up to twice the clip, where the claim is of an organization that
-            takes part or not, which is once the clip. Elsewhere the two are the same.
+            change. Under `where: central` and `distributed` that is up to twice the clip, where the claim is of an
+            organization that takes part or not, which is once the clip. Elsewhere the two are the same.
+
+    Raises:
+        ValueError: shares of so much noise do not fit into what is summed under masks.
     """
     kind = kind_of_round(number, spec.rounds)
     parts: list[Event] = []
@@ -70,7 +108,7 @@ def round_event(spec: JobSpec, plan: PrivacyPlan, number: int, *, ledger: bool =
         if plan.statistics_noise_multiplier is not None:
             parts.append(GaussianRelease(plan.statistics_noise_multiplier))
     elif kind is TaskKind.TRAIN:
-        parts.append(_training_event(plan, ledger=ledger))
+        parts.append(_training_event(spec, plan, elements, ledger=ledger))
     measured = kind is TaskKind.EVALUATE or (kind is TaskKind.TRAIN and evaluates_in_round(spec, number))
     if measured and plan.evaluation_noise_multiplier is not None:
         parts.append(GaussianRelease(plan.evaluation_noise_multiplier))
@@ -81,17 +119,17 @@ def round_event(spec: JobSpec, plan: PrivacyPlan, number: int, *, ledger: bool =
 
 def round_cost(spec: JobSpec, plan: PrivacyPlan, number: int, elements: int, *, ledger: bool = False) -> Cost:
     """What the release of round `number` costs; zero if nothing is released. `ledger`: see `round_event`."""
-    event = round_event(spec, plan, number, ledger=ledger)
+    event = round_event(spec, plan, number, elements, ledger=ledger)
     return Cost.zero() if event is None else Cost.of(event, _draws(spec, plan, number, elements))
 
 
-def grant_event(spec: JobSpec, plan: PrivacyPlan, rounds: int, *, ledger: bool = False) -> Event:
+def grant_event(spec: JobSpec, plan: PrivacyPlan, elements: int, rounds: int, *, ledger: bool = False) -> Event:
     """Everything that a grant of `rounds` training rounds may release, with statistics and the final evaluation.
 
     Where rounds differ and the grant is for fewer than the job has, the dearest are counted.
     """
     counted = [number for number, _ in _grouped(spec, plan, rounds)]
-    events = {number: round_event(spec, plan, number, ledger=ledger) for number in counted}
+    events = {number: round_event(spec, plan, number, elements, ledger=ledger) for number in counted}
     parts = [Repeated(event, times) for number, times in _grouped(spec, plan, rounds) if (event := events[number])]
     return Together(tuple(parts))
 
@@ -140,21 +178,37 @@ def _plain_round(spec: JobSpec, with_evaluation: int) -> int:
     return 2 if spec.evaluation.every > 1 else 1  # rounds beyond the job's own cost as much as the dearest
 
 
-def _training_event(plan: PrivacyPlan, *, ledger: bool) -> Event:
+def _training_event(spec: JobSpec, plan: PrivacyPlan, elements: int, *, ledger: bool) -> Event:
     if plan.unit is PrivacyUnit.RECORD:
         step = PoissonGaussianRelease(plan.sampling_probability, plan.noise_multiplier)
         return Repeated(step, plan.steps_per_round)
-    central = plan.where is NoisePlace.CENTRAL
-    return GaussianRelease(plan.noise_multiplier, sensitivity=2.0 if central and ledger else 1.0)
+    apart = 2 if ledger and plan.where is not NoisePlace.LOCAL else 1
+    if plan.where is NoisePlace.DISTRIBUTED:
+        noise, _, shares = secured_noise(spec, plan)
+        _, sensitivity, variance = secured_steps(elements, noise_multiplier=noise, shares=shares)
+        return DistributedGaussianRelease(apart * sensitivity, variance, shares, elements)
+    return GaussianRelease(plan.noise_multiplier, sensitivity=float(apart))
 
 
 def _draws(spec: JobSpec, plan: PrivacyPlan, number: int, elements: int) -> int:
     kind = kind_of_round(number, spec.rounds)
     if kind is TaskKind.STATISTICS:
         return 3 * len(spec.data.numbers()) + 1
-    draws = elements * plan.steps_per_round if kind is TaskKind.TRAIN else 0
+    shares = noise_shares(spec) if plan.where is NoisePlace.DISTRIBUTED else 1  # an element's noise is drawn in shares
+    draws = elements * plan.steps_per_round * shares if kind is TaskKind.TRAIN else 0
     measured = kind is TaskKind.EVALUATE or evaluates_in_round(spec, number)
     return draws + (EVALUATION_COUNTS if measured and plan.evaluation_noise_multiplier is not None else 0)
+
+
+def _drawn(spec: JobSpec, plan: PrivacyPlan, elements: int) -> int:
+    """Integers of noise that the whole job draws."""
+    groups = _grouped(spec, plan, spec.rounds)
+    return sum(_draws(spec, plan, number, elements) * times for number, times in groups)
+
+
+def _draws_too_much(spec: JobSpec, plan: PrivacyPlan, elements: int) -> bool:
+    """Whether the noise's draws alone use up what is kept of delta for them."""
+    return _drawn(spec, plan, elements) > Limit.of(MAX_EPSILON, plan.delta).draws
 
 
 def training_rows(spec: JobSpec, rows: int) -> int:
@@ -193,6 +247,8 @@ def _essence(spec: JobSpec) -> dict[str, object]:
         "evaluation": spec.evaluation.model_dump(mode="json"),
         "release": spec.evaluation_release.value,
         "numbers": len(spec.data.numbers()) if spec.measures_statistics else 0,
+        "secured": spec.secure_aggregation is not None,
+        "shares": noise_shares(spec) if spec.privacy.where is NoisePlace.DISTRIBUTED else 0,
     }
 
 
@@ -233,16 +289,21 @@ def _planned(_digest: str, hidden: _Hidden, rows: int, elements: int) -> Privacy
         chosen = privacy.noise_multiplier
         if chosen is None:
             assert limit is not None, "the spec has either"
-            chosen = smallest_noise_multiplier(whole, limit)
+            chosen = smallest_noise_multiplier(whole, limit, high=_most_noise(spec, elements))
         plan = with_noise(chosen)
+        _require_room(spec, plan, elements)
         epsilon = whole(chosen).epsilon(plan.delta)
         counted = grant_cost(spec, plan, elements, spec.rounds, ledger=True).epsilon(plan.delta)
+    except PlanImpossible:
+        raise
     except ValueError:
-        raise PlanImpossible(_obstacle(spec, steps, elements)) from None
+        raise PlanImpossible(_obstacle(spec, with_noise(1.0), elements)) from None
     if steps > LARGEST_STEPS:
         raise PlanImpossible(
             f"a round would have {steps:,} steps; at most {LARGEST_STEPS:,} are counted: larger batches"
         )
+    if math.isinf(epsilon) and _draws_too_much(spec, plan, elements):
+        raise PlanImpossible(_obstacle(spec, plan, elements))
     if max(epsilon, counted) > MAX_EPSILON:
         raise PlanImpossible(
             f"with this noise the job costs more than epsilon {MAX_EPSILON:g}, which promises nothing: more noise, or "
@@ -251,9 +312,31 @@ def _planned(_digest: str, hidden: _Hidden, rows: int, elements: int) -> Privacy
     return plan.model_copy(update={"epsilon": epsilon, "budget_epsilon": counted})
 
 
-def _obstacle(spec: JobSpec, steps: int, elements: int) -> str:
-    """Why there is no plan, and what would help."""
-    privacy = spec.privacy
+def _most_noise(spec: JobSpec, elements: int) -> float:
+    """The most noise to look for: what fits into the whole numbers that are summed under masks, where they are."""
+    if spec.secure_aggregation is None or spec.privacy.unit is not PrivacyUnit.ORGANIZATION:
+        return HIGHEST
+    apart, shares = _apart_in_shares(spec)
+    return max(LOWEST, min(HIGHEST, most_secured_noise(elements, apart=apart, shares=shares)))
+
+
+def _require_room(spec: JobSpec, plan: PrivacyPlan, elements: int) -> None:
+    """Whether the plan's noise fits into the whole numbers that are summed under masks.
+
+    Raises:
+        PlanImpossible: it does not.
+    """
+    if spec.secure_aggregation is not None:
+        noise, apart, shares = secured_noise(spec, plan)
+        try:
+            secured_steps(elements, noise_multiplier=noise, apart=apart, shares=shares)
+        except ValueError as error:
+            raise PlanImpossible(str(error)) from None
+
+
+def _obstacle(spec: JobSpec, plan: PrivacyPlan, elements: int) -> str:
+    """Why there is no plan, and what would help. `plan`: one with any noise."""
+    privacy, steps = spec.privacy, plan.steps_per_round
     given = [
         name
         for name, value in (
@@ -264,6 +347,13 @@ def _obstacle(spec: JobSpec, steps: int, elements: int) -> str:
     ]
     target = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else "any epsilon"
     more = f"give {' and '.join(given)} more noise, " if given else ""
+    if _draws_too_much(spec, plan, elements):
+        return (
+            f"no noise reaches {target} at delta {privacy.claimed_delta:g}: {spec.rounds} rounds of {steps} steps over "
+            f"{elements} parameters draw {_drawn(spec, plan, elements):.1e} integers of noise, and the hundredth of "
+            "delta that is kept for their sampler does not cover so many: raise delta, train a smaller model, or for "
+            "fewer rounds or epochs"
+        )
     return (
         f"no noise reaches {target} at delta {privacy.claimed_delta:g} with {spec.rounds} rounds of {steps} steps over "
         f"{elements} parameters: {more}raise epsilon or delta, or train for fewer rounds or epochs"
@@ -320,8 +410,11 @@ def plan_contradictions(  # noqa: PLR0911, PLR0912 - one line a contradiction
         if noise is not None and promised is not None and noise < promised:
             found.append(f"The task's {what} multiplier is {noise:g}; the job's is {promised:g}.")
     try:
+        _require_room(spec, plan, elements)
         epsilon = grant_cost(spec, plan, elements, spec.rounds).epsilon(plan.delta)
         counted = grant_cost(spec, plan, elements, spec.rounds, ledger=True).epsilon(plan.delta)
+    except PlanImpossible as error:
+        return [*found, f"The task's privacy plan cannot be kept: {error}."]
     except ValueError:
         return [*found, "The task's privacy plan has more steps or parameters than can be accounted for."]
     if privacy.epsilon is not None and epsilon > privacy.epsilon:

@@ -33,6 +33,7 @@ ZERO: Final[Curve] = (0.0,) * len(ORDERS)
 # Beyond these a curve would vanish in floats. It is charged as at them, which is more: curves fall in z and grow in q.
 _MOST_NOISE: Final = 1e9
 _LEAST_PROBABILITY: Final = 1e-12
+_LEAST_SHARE: Final = 0.25  # sigma^2 from which the bound for sums of discrete Gaussians is proved
 
 
 def gaussian_rdp(noise_multiplier: float) -> Curve:
@@ -109,7 +110,7 @@ def distributed_gaussian_rdp(sensitivity: float, local_variance: float, shares: 
 
     Args:
         sensitivity: the L2 norm that one party's integers can have, in lattice units; >= 1.
-        local_variance: sigma^2 of each party's noise, in lattice units; > 0.
+        local_variance: sigma^2 of each party's noise, in lattice units; >= 1/4, below which nothing is proved.
         shares: how many parties surely added theirs; >= 1.
         dimension: number of coordinates of the sum; >= 1.
 
@@ -121,11 +122,11 @@ def distributed_gaussian_rdp(sensitivity: float, local_variance: float, shares: 
 
     Source:
         Kairouz, Liu and Steinke 2021, "The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure
-        Aggregation", https://arxiv.org/abs/2102.06387, Corollary 12 and Proposition 13.
+        Aggregation", https://arxiv.org/abs/2102.06387, Proposition 14.
     """
-    if not (math.isfinite(sensitivity) and sensitivity >= 1 and math.isfinite(local_variance) and local_variance > 0):
+    if not (1 <= sensitivity < math.inf and _LEAST_SHARE <= local_variance < math.inf):
         raise ValueError(
-            f"sensitivity {sensitivity} and local variance {local_variance} must be finite, from 1 and > 0"
+            f"sensitivity {sensitivity} and local variance {local_variance} must be finite, from 1 and {_LEAST_SHARE}"
         )
     if shares < 1 or dimension < 1:
         raise ValueError(f"{shares} shares of noise on {dimension} coordinates: there must be one of each at least")

@@ -4,13 +4,17 @@ dp-accounting is imported within the functions: it takes most of a second and br
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from isthmus.privacy.conversion import check_delta
 from isthmus.privacy.events import DistributedGaussianRelease, Event, GaussianRelease, PoissonGaussianRelease, Repeated
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
+
+
+_WIDE_SHARE: Final = 64
+"""sigma^2 of a share, from which a sum of shares differs from a Gaussian by less than 10^-260: see `rdp`'s tau."""
 
 
 class NoReference(ValueError):
@@ -28,7 +32,7 @@ def pld_epsilon(event: Event, delta: float) -> float:
         delta: above 0 and below 1.
 
     Raises:
-        NoReference: the event holds noise in shares.
+        NoReference: the event holds noise in shares so narrow that their sum is no Gaussian.
         ValueError: `delta` is outside of its range.
     """
     from dp_accounting.pld import PLDAccountant  # noqa: PLC0415  # see the module
@@ -43,7 +47,7 @@ def rdp_epsilon_reference(event: Event, delta: float) -> float:
     """Epsilon by dp-accounting's Rényi accountant with its own orders, fractional ones too.
 
     Raises:
-        NoReference: the event holds noise in shares.
+        NoReference: the event holds noise in shares so narrow that their sum is no Gaussian.
         ValueError: `delta` is outside of its range.
     """
     from dp_accounting.rdp import RdpAccountant  # noqa: PLC0415  # see the module
@@ -91,6 +95,11 @@ def _foreign(event: Event) -> "DpEvent":
         case Repeated():
             return dp_accounting.SelfComposedDpEvent(_foreign(event.event), event.times)
         case DistributedGaussianRelease():
-            raise NoReference("dp-accounting knows no Gaussian noise in shares; the ledger's own figure stands alone")
+            if event.local_variance < _WIDE_SHARE:
+                raise NoReference(
+                    "dp-accounting knows no noise in such narrow shares; the ledger's figure stands alone"
+                )
+            deviation = math.sqrt(event.shares * event.local_variance)
+            return dp_accounting.GaussianDpEvent(deviation / event.sensitivity)
         case _:
             return dp_accounting.ComposedDpEvent([_foreign(part) for part in event.events])

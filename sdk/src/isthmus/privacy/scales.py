@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from isthmus.privacy.lattice import Lattice, variance_of
+from isthmus.privacy.sensitivity import secured_steps
 
 
 def finest_scale(noise_multiplier: float, sensitivity_of: Callable[[int], int], finest: int) -> tuple[int, int]:
@@ -52,4 +53,23 @@ def noised_lattice(
     scale, variance = finest_scale(
         noise_multiplier, lambda steps: apart * Lattice(clip_norm, steps, elements).sensitivity, finest
     )
+    return Lattice(clip_norm, scale, elements), variance
+
+
+def secured_lattice(
+    clip_norm: float, elements: int, *, noise_multiplier: float = 0.0, apart: int = 1, shares: int = 1
+) -> tuple[Lattice, int]:
+    """The lattice of a job under secure aggregation, and the variance of each member's noise there: 0 without noise.
+
+    Public, and the same for everybody who asks with the same numbers: members, who judges the sum, and who prices it.
+    It does not depend on how many take part.
+
+    Args:
+        clip_norm: C; finite, > 0.
+        elements, noise_multiplier, apart, shares: as for `sensitivity.secured_steps`, whose guarantees these are.
+
+    Raises:
+        ValueError: an argument outside of its range, or so much noise that it does not fit into 32 bits.
+    """
+    scale, _, variance = secured_steps(elements, noise_multiplier=noise_multiplier, apart=apart, shares=shares)
     return Lattice(clip_norm, scale, elements), variance

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Final
 
+from isthmus.commands.rendering.secured import secured_sentence
 from isthmus.commands.rendering.text import ago, span
 from isthmus.wire.jobs import JobReason, JobState, JobView, ParticipationState, ParticipationView
-from isthmus.wire.rounds import RoundPhase, RoundView, TaskState, TaskView
+from isthmus.wire.rounds import OPEN_PHASES, RoundPhase, RoundView, TaskState, TaskView
 
 ENDED = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED})
 
@@ -51,6 +52,11 @@ def _approvals(job: JobView, participations: Sequence[ParticipationView]) -> lis
 
 def _round(current: RoundView, now: datetime) -> list[str]:
     name = f"Round {current.number} ({current.kind})"
+    if current.secured is not None and current.phase in OPEN_PHASES:
+        told = [secured_sentence(current, current.secured, now)]
+        if current.phase is RoundPhase.COLLECTING:
+            told += [_task(task, now) for task in current.tasks if task.state is not TaskState.SUBMITTED]
+        return told
     if current.phase is RoundPhase.AGGREGATING:
         return [f"{name} has its updates; the next model is being computed."]
     if current.phase is not RoundPhase.COLLECTING:

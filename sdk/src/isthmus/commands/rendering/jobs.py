@@ -1,11 +1,13 @@
 """Jobs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from isthmus.commands.rendering.secured import EVENT_WORDS, named, secured_fields
 from isthmus.commands.rendering.text import Cell, fields, printable, table
 from isthmus.wire.events import EventView
 from isthmus.wire.jobs import JobState, JobView, ParticipationView
@@ -84,6 +86,9 @@ def job_report(
         )
     if current is not None:
         parts.append(tasks_table(current))
+        if current.secured is not None:
+            parts.append(secured_fields(current, current.secured))
+            parts.append(Text())
     if waits:
         parts.append(Text("What it waits for" if view.ended_at is None else "What happened", style="bold"))
         parts.extend(Text(f"  {printable(sentence)}") for sentence in waits)
@@ -105,14 +110,24 @@ def tasks_table(current: RoundView) -> Table:
 
 def event_line(event: EventView) -> str:
     """One event as a line: when, what, and its plain details."""
+    secured = event.kind in EVENT_WORDS
     details = " ".join(
-        f"{name}={_short(value)}" for name, value in event.data.items() if isinstance(value, str | int | float | bool)
+        f"{name}={_short(value)}"
+        for name, value in event.data.items()
+        if isinstance(value, str | int | float | bool) or (secured and _are_names(value))
     )
     by = "" if event.actor == "service" else f" by {event.actor}"
-    return printable(f"{event.at:%H:%M:%S} {event.kind}{by} {details}").rstrip().replace("\n", " ")
+    words = f": {EVENT_WORDS[event.kind]};" if secured else ""
+    return printable(f"{event.at:%H:%M:%S} {event.kind}{by}{words} {details}").rstrip(" ;").replace("\n", " ")
 
 
-def _short(value: str | float | bool) -> str:
-    """A digest or seed by its beginning, anything else as it is."""
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+
+
+def _short(value: str | float | bool | list[str]) -> str:
+    """A digest or seed by its beginning, some of many names, anything else as it is."""
+    if isinstance(value, list):
+        return named(value)
     text = str(value)
     return f"{text[:12]}..." if len(text) == 64 and text.isalnum() else text

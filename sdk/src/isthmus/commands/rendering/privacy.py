@@ -9,8 +9,9 @@ from rich.text import Text
 
 from isthmus.commands.rendering.text import Cell, fields, printable, table
 from isthmus.privacy.outlook import DatasetOutlook, Outlook
+from isthmus.privacy.planning import noise_shares
 from isthmus.wire.jobs import JobSpec
-from isthmus.wire.privacy import PrivacyReport, PrivacyUnit
+from isthmus.wire.privacy import NoisePlace, PrivacyReport, PrivacyUnit
 
 NO_PRIVACY = "No privacy is claimed"
 MOST_NAMED = 12
@@ -22,7 +23,8 @@ def outlook_text(spec: JobSpec, found: Outlook, elements: int) -> Group:
     """What a job would cost, before anybody is asked."""
     privacy = spec.privacy
     if privacy.unit is PrivacyUnit.NONE:
-        return Group(Text(f"{NO_PRIVACY}.", style="bold red"), *_advice(found))
+        hidden = [fields([("secured", secured)])] if (secured := _secured(spec)) else []
+        return Group(Text(f"{NO_PRIVACY}.", style="bold red"), *hidden, *_advice(found))
     head: list[tuple[str, Cell]] = [
         ("job", spec.name),
         ("hides", f"one {privacy.unit.value}" + (f", noise {privacy.where.value}" if privacy.where else "")),
@@ -35,7 +37,21 @@ def outlook_text(spec: JobSpec, found: Outlook, elements: int) -> Group:
         of_what = "one step's mean gradient" if privacy.unit is PrivacyUnit.RECORD else "the mean update"
         words = f"{found.mean_noise:.3g} of the clip, on every coordinate of {of_what} over {found.organizations} sites"
         head.append(("noise", words))
+    if (secured := _secured(spec)) is not None:
+        head.append(("secured", secured))
     return Group(fields(head), _datasets(found), *_epsilon_by_round(found), *_advice(found))
+
+
+def _secured(spec: JobSpec) -> str | None:
+    """What secure aggregation shows of a round, and whom its noise counts on; None for a job without it."""
+    if spec.secure_aggregation is None:
+        return None
+    shown = (
+        f"only the sum of {spec.cohort.min_updates} or more updates is opened, each bounded to {spec.update_bound:g}"
+    )
+    if spec.privacy.where is not NoisePlace.DISTRIBUTED:
+        return shown
+    return f"{shown}; the claim needs {noise_shares(spec)} honest organizations in it"
 
 
 def _target(spec: JobSpec) -> str:
@@ -55,6 +71,7 @@ def _datasets(found: Outlook) -> Table:
             "NOISE MULTIPLIER",
             "NOISE A STEP",
             "EPSILON",
+            "OF THE BUDGET",
             "JOBS IN BUDGET",
         ],
         [_row(one) for one in found.datasets],
