@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.codec import arrays
 from isthmus.federation.secured import lattice_of
 from isthmus.secagg.client import (
     Keyed,

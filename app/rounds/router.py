@@ -293,9 +293,10 @@ async def exchange(
     holding a database connection."""
     ends = time.monotonic() + min(wait, parts.settings.longest_wait.total_seconds())
     heard = parts.wakeups.steps_heard  # before the first look: no closing is missed
+    async with parts.single_statements() as session:  # before the body is read
+        worker_id = worker_of(check_scope(await authenticate(session, credentials), Scope.TASKS))
     message = await _step_message(request, step)
     async with parts.sessions.begin() as session:
-        worker_id = worker_of(check_scope(await authenticate(session, credentials), Scope.TASKS))
         taken = await steps.take_message(
             session, parts.queue, task_id=task_id, worker_id=worker_id, fence=fence, step=step, message=message
         )

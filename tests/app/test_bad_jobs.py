@@ -18,7 +18,7 @@ from isthmus.wire.jobs import JobSpec, JobState, JobView, ParticipationState
 from isthmus.wire.manifest import DType
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.version import DIGEST_HEADER, TENSORS_MEDIA_TYPE
-from tests.federation import LOCAL, OPEN, RECORD, UNIFORM, Arrays, Federation, filled, initial, job_spec
+from tests.federation import CENTRAL, LOCAL, OPEN, RECORD, UNIFORM, Arrays, Federation, filled, initial, job_spec
 from tests.running import Platform, missing_id, refused
 from tests.standing import Wire, _standing, assert_problem, leftovers, standing
 
@@ -149,6 +149,41 @@ def organization(**changes: Any) -> dict[str, Any]:
     return plain(**{"privacy": LOCAL, "strategy": UNIFORM, **changes})
 
 
+def secured(**changes: Any) -> dict[str, Any]:
+    """A spec under secure aggregation that would pass, changed."""
+    cohort = {"min_updates": 3, **changes.pop("cohort", {})}
+    clipped = {"unit": "none", "clip_norm": 1.0}
+    return plain(**{"privacy": clipped, "secure_aggregation": True, "cohort": cohort, **changes})
+
+
+UNHIDDEN: dict[str, tuple[dict[str, Any], ProblemCode, str]] = {
+    "secured-with-central-noise": (
+        secured(privacy=CENTRAL, strategy=UNIFORM), INVALID, "use where: distributed",
+    ),
+    "secured-two": (secured(cohort={"min_updates": 2}), INVALID, "min_updates of 3 at least"),
+    "secured-with-exact-results": (secured(evaluation={"release": "exact"}), INVALID, "use local (kept at the site)"),
+    "secured-with-exact-statistics": (
+        secured(data={**plain()["data"], "standardize": "federated"}), INVALID, "use standardize: none",
+    ),
+    "secured-with-batch-norm": (
+        secured(**{"model": {"layers": [{"linear": {"in": 2, "out": 2}}, {"batch_norm": {"features": 2}}]}}), INVALID,
+        "use group_norm",
+    ),
+    "secured-without-a-bound": (secured(privacy="none"), INVALID, "needs a bound on the whole update"),
+    "secured-records-without-a-bound": (secured(privacy=RECORD), INVALID, "write secure_aggregation: {clip_norm: 10}"),
+    "secured-organizations-with-two-bounds": (
+        secured(privacy=LOCAL, strategy=UNIFORM, secure_aggregation={"clip_norm": 1.0}), INVALID,
+        "clip_norm is for unit none and record",
+    ),
+    "secured-against-a-third": (
+        secured(secure_aggregation={"max_colluding": 1}), INVALID, "not below a third of min_updates",
+    ),
+    "secured-by-another-word": (secured(secure_aggregation="yes"), INVALID, "spec.secure_aggregation"),
+    "secured-with-steps-of-no-time": (secured(secure_aggregation={"step_s": 0}), INVALID, "step_s"),
+    "secured-with-an-unknown-field": (secured(secure_aggregation={"trust": "all"}), INVALID, "trust"),
+}  # fmt: skip
+
+
 UNTRUE: dict[str, tuple[dict[str, Any], ProblemCode, str]] = {
     "privacy-null": (plain(privacy=None), INVALID, "write `none` out"),
     "privacy-empty": (plain(privacy={}), INVALID, "privacy.unit is missing"),
@@ -189,8 +224,7 @@ UNTRUE: dict[str, tuple[dict[str, Any], ProblemCode, str]] = {
     "organization-without-a-place": (record(unit="organization"), INVALID, "needs where"),
     "a-person-in-no-organization": (record(max_orgs_per_person=0), INVALID, "spec.privacy.max_orgs_per_person"),
     "distributed-noise": (
-        organization(privacy={**LOCAL, "where": "distributed"}), ProblemCode.SECURE_AGGREGATION_NOT_AVAILABLE,
-        "`where: central` or `local`",
+        organization(privacy={**LOCAL, "where": "distributed"}), INVALID, "secure_aggregation: true beside privacy",
     ),
     "organization-weighted-by-rows": (organization(strategy="fedavg"), INVALID, "needs uniform weights"),
     "exact-results-of-records": ({**record(), "evaluation": {"release": "exact"}}, INVALID, "use local"),
@@ -238,7 +272,9 @@ def ask(federation: Federation, spec: dict[str, Any], client: Client | None = No
 
 
 @pytest.mark.parametrize(
-    ("spec", "code", "words"), [*IMPOSSIBLE.values(), *UNTRUE.values()], ids=[*IMPOSSIBLE, *UNTRUE]
+    ("spec", "code", "words"),
+    [*IMPOSSIBLE.values(), *UNTRUE.values(), *UNHIDDEN.values()],
+    ids=[*IMPOSSIBLE, *UNTRUE, *UNHIDDEN],
 )
 def test_a_spec_that_cannot_be_run_is_refused_by_name(
     standing: Federation, spec: dict[str, Any], code: ProblemCode, words: str

@@ -102,6 +102,7 @@ DOORS: Final = {
     "GET /v1/tasks/{}": TASKS,
     "POST /v1/tasks/{}/heartbeat": TASKS,
     "PUT /v1/tasks/{}/update": TASKS,
+    "POST /v1/tasks/{}/steps/{}": TASKS,
     "POST /v1/tasks/{}/refuse": TASKS,
     "POST /v1/tasks/{}/fail": TASKS,
 }
@@ -123,6 +124,9 @@ class Operation(NamedTuple):
                 "Repr-Digest": f"sha-256=:{'A' * 43}=:",
                 "Isthmus-Fence": "1",
             }
+            return http.request(self.method, self.path, content=b"\0" * 8, headers=headers)
+        if "/steps/" in self.path:
+            headers = {"Content-Type": "application/vnd.isthmus.secagg", "Isthmus-Fence": "1"}
             return http.request(self.method, self.path, content=b"\0" * 8, headers=headers)
         params = {"/v1/events": {"stream": "platform"}, "/v1/tasks/claim": {"wait": "0"}}.get(self.path)
         return http.request(self.method, self.path, params=params, json={} if self.sends else None)
@@ -193,6 +197,7 @@ def world(platform: Platform) -> World:
         "digest": DIGEST,
         "number": 1,
         "name": "heart",
+        "step": "keys",
     }
     document = platform.http().get("/openapi.json").json()
     operations = []

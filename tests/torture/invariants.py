@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import psycopg
@@ -62,7 +62,7 @@ class Record:
 def check_job(record: Record, job_id: UUID) -> list[str]:
     """Everything about one job that has ended by completing."""
     (job,) = record.rows("SELECT * FROM jobs WHERE id = %s", job_id)
-    rules = (_rounds, _frozen_sets, _receipts, _update_blobs, _replay, _ledger, _journals, _job_events)
+    rules = (_rounds, _frozen_sets, _receipts, _update_blobs, _replay, _ledger, _journals, _secured, _job_events)
     return [f"job {str(job_id)[-6:]}: {wrong}" for rule in rules for wrong in rule(record, job)]
 
 
@@ -139,13 +139,19 @@ def _frozen_sets(record: Record, job: Row) -> Iterator[str]:
         if doubled:
             yield f"round {number}: a participation has several updates"
         mine = [event for event in told if event["data"].get("round") == number]
+        opened = sum(event["kind"] == "round-opened" for event in mine)
+        aborts = [place for place, event in enumerate(mine) if event["kind"] == "attempt-aborted"]
+        if aborts:  # what an attempt brought that was given up is gone
+            mine = mine[aborts[-1] + 1 :]
         frozen = [event["data"]["updates"] for event in mine if event["kind"] == "round-frozen"]
         listed = [{name: row[name] for name in ("organization", "dataset", "digest", "weight")} for row in members]
         if _is_central(job) and of["kind"] == "train":  # whoever knew a digest could try out guesses at the records
             listed = [{**one, "digest": None} for one in listed]
         if frozen != [listed]:
             yield f"round {number}: the record tells {len(frozen)} freezes, or another set than the updates"
-        for kind, expected in (("round-opened", 1), ("round-completed", 1), ("update-accepted", len(updates))):
+        if opened != 1:
+            yield f"round {number}: round-opened is told {opened} times, not 1"
+        for kind, expected in (("round-completed", 1), ("update-accepted", len(updates))):
             if (count := sum(event["kind"] == kind for event in mine)) != expected:
                 yield f"round {number}: {kind} is told {count} times, not {expected}"
         submitted = record.rows("SELECT id FROM tasks WHERE round_id = %s AND state = 'submitted'", of["id"])
@@ -172,11 +178,12 @@ def _updates(record: Record, job: Row) -> list[Row]:
 
 
 def _update_blobs(record: Record, job: Row) -> Iterator[str]:
-    """What the rows name lies on the disk, with the bytes that they name; not what was summed under central noise."""
+    """What the rows name lies on the disk, with the bytes that they name; not what was summed under central noise, and
+    not what was masked."""
     for row in _updates(record, job):
-        if row["kind"] == "train" and _is_central(job) and not row["excluded"]:
+        if row["kind"] == "train" and (_is_central(job) or _is_secured(job)) and not row["excluded"]:
             if row["blob_key"] is not None:
-                yield f"round {row['number']}: an update lies on that was summed under central noise"
+                yield f"round {row['number']}: an update lies on that was summed under central noise or masked"
         elif not row["excluded"]:
             yield from _blob(record, row["blob_key"], row["digest"], row["size_bytes"])
     for row in record.rows("SELECT * FROM checkpoints WHERE job_id = %s", job["id"]):
@@ -188,6 +195,16 @@ def _update_blobs(record: Record, job: Row) -> Iterator[str]:
 def _is_central(job: Row) -> bool:
     """Whether the service adds the job's noise: then neither updates nor keys are kept."""
     return JobSpec.model_validate(job["spec"]).privacy.mode is PrivacyMode.CENTRAL
+
+
+def _is_secured(job: Row) -> bool:
+    """Whether the updates of its training rounds are masked."""
+    return JobSpec.model_validate(job["spec"]).secure_aggregation is not None
+
+
+def _spends_when_summed(job: Row) -> bool:
+    """Whether a training round is spent for with its sum, and not with each admission."""
+    return JobSpec.model_validate(job["spec"]).privacy.mode in (PrivacyMode.CENTRAL, PrivacyMode.DISTRIBUTED)
 
 
 def _blob(record: Record, key: str, digest: str, size_bytes: int | None) -> Iterator[str]:
@@ -212,7 +229,7 @@ def _replay(record: Record, job: Row) -> Iterator[str]:
             yield f"round {of['number']}: its metrics are not those of its set"
         if of["noise_key"] is not None:
             yield f"round {of['number']}: the key of its noise is still there"
-        if of["kind"] != "train" or _is_central(job):
+        if of["kind"] != "train" or _is_central(job) or _is_secured(job):
             continue
         before, after = checkpoints.get(of["number"] - 1), checkpoints.get(of["number"])
         if before is None or after is None:  # told by the rule of the rounds
@@ -261,17 +278,17 @@ def _ledger(record: Record, job: Row) -> Iterator[str]:
         " JOIN rounds r ON r.id = t.round_id WHERE t.job_id = %s AND t.admitted_digest IS NOT NULL",
         job["id"],
     )
-    if _is_central(job):  # a training round is spent for when its noise is drawn: for its set, and for nothing else
+    if _spends_when_summed(job):  # for its set, and for nothing else
         summed = [row for row in _updates(record, job) if row["position"] is not None and row["kind"] == "train"]
         admitted = [row for row in admitted if row["kind"] != "train"] + summed
-    spends = {(row["participation_id"], row["round_number"], row["release"], row["digest"]) for row in entries}
-    admissions = {(row["participation_id"], row["number"], row["kind"], row["digest"]) for row in admitted}
+    spends = {_spend(job, row, row["round_number"], row["release"]) for row in entries}
+    admissions = {_spend(job, row, row["number"], row["kind"]) for row in admitted}
     for key in spends ^ admissions:
         yield f"round {key[1]}: {'charged and not admitted' if key in spends else 'admitted and not charged'}"
     yield from _reservations(record, job, everything)
     for row in _updates(record, job):
-        unsummed = _is_central(job) and row["kind"] == "train" and row["position"] is None
-        if not unsummed and (row["participation_id"], row["number"], row["kind"], row["digest"]) not in spends:
+        unsummed = _spends_when_summed(job) and row["kind"] == "train" and row["position"] is None
+        if not unsummed and _spend(job, row, row["number"], row["kind"]) not in spends:
             yield f"round {row['number']}: an update was accepted that was not charged"
     for row in record.rows(
         "SELECT g.* FROM grants g JOIN participations p ON p.id = g.participation_id WHERE p.job_id = %s", job["id"]
@@ -279,6 +296,12 @@ def _ledger(record: Record, job: Row) -> Iterator[str]:
         rounds = sum(key[0] == row["participation_id"] and key[2] == "train" for key in charged)
         if row["rounds_used"] != rounds:
             yield f"a grant counts {row['rounds_used']} rounds, and {rounds} were charged"
+
+
+def _spend(job: Row, row: Row, number: int, kind: str) -> tuple[UUID, int, str, str]:
+    """What is spent for once. Of a round that was begun again, the first attempt's masked bytes: others' are others."""
+    masked = kind == "train" and _is_secured(job)
+    return row["participation_id"], number, kind, "masked" if masked else row["digest"]
 
 
 def _reservations(record: Record, job: Row, entries: list[Row]) -> Iterator[str]:
@@ -309,6 +332,7 @@ def _journals(record: Record, job: Row) -> Iterator[str]:
     for part in parts:
         releases = _releases(record.journals[part["organization"]], str(part["id"]))
         who = part["organization"]
+        masked = _masked_digests(record.journals[who], str(part["id"]))
         spent = {
             (row["round_number"], row["kind"]): row["digest"]
             for row in releases
@@ -322,13 +346,13 @@ def _journals(record: Record, job: Row) -> Iterator[str]:
                 mine = spent.get((entry["round_number"], entry["release"]))
                 if mine is None:
                     yield f"{who}: its own ledger does not show the spend of round {entry['round_number']}"
-                elif mine != entry["digest"]:
+                elif entry["digest"] not in masked.get(entry["round_number"], {mine}):
                     yield f"{who}: its ledger and the service's name other bytes for round {entry['round_number']}"
         yield from _own_ledger(who, record.journals[who], str(part["id"]), entries, part["id"])
         stored = {(row["number"], row["kind"]): row for row in updates if row["participation_id"] == part["id"]}
         acknowledged = {(row["round_number"], row["kind"]): row for row in releases if row["state"] == "acknowledged"}
         for key, row in acknowledged.items():
-            yield from _acknowledged(who, row, stored.get(key))
+            yield from _acknowledged(who, row, stored.get(key), masked.get(key[0], set()) if row["secured"] else set())
         yield from _files(who, record.journals[who], releases)
 
 
@@ -355,43 +379,133 @@ def _own_ledger(who: str, state: Path, participation_id: str, entries: list[Row]
                 yield f"{who}: its own ledger has another cost for round {entry['round_number']}"
 
 
-def _acknowledged(who: str, release: Row, update: Row | None) -> Iterator[str]:
+def _masked_digests(state: Path, participation_id: str) -> dict[int, set[str]]:
+    """What left in a participation's secured rounds, by round: one digest an attempt."""
+    found: dict[int, set[str]] = {}
+    for row in _rows_of(state, "SELECT * FROM sessions WHERE participation_id = ?", participation_id):
+        if row["masked_digest"] is not None:
+            found.setdefault(row["round_number"], set()).add(row["masked_digest"])
+    return found
+
+
+def _acknowledged(who: str, release: Row, update: Row | None, masked: Collection[str]) -> Iterator[str]:
+    """The receipt is that of the stored update, or of the masked bytes of an attempt that was given up."""
     number = release["round_number"]
     if update is None:
         yield f"{who}: round {number} was acknowledged and its update is nowhere"
         return
     receipt = json.loads(release["receipt"])
+    of_another_attempt = receipt["digest"] in masked and receipt["digest"] != update["digest"]
     same = (
         receipt["task_id"] == str(update["task_id"])
-        and receipt["digest"] == update["digest"] == release["digest"]
+        and receipt["digest"] == update["digest"]
+        and receipt["digest"] in (masked or {release["digest"]})
         and datetime.fromisoformat(receipt["received_at"]) == update["received_at"]
         and receipt["signature"] == update["signature"]
     )
-    if not same:
+    if not same and not of_another_attempt:
         yield f"{who}: the receipt of round {number} is not that of the stored update"
+    if masked and update["digest"] not in masked:
+        yield f"{who}: round {number} has an update that this worker never masked"
     if not update["excluded"] and update["position"] is None:
         yield f"{who}: round {number} was acknowledged and is not in the set"
 
 
-def _releases(state: Path, participation_id: str) -> list[Row]:
+def _rows_of(state: Path, statement: str, *values: str) -> list[Row]:
     uri = f"{(state / 'journal.sqlite').resolve().as_uri()}?mode=ro"
     with closing(sqlite3.connect(uri, uri=True, timeout=10)) as connection:
         connection.row_factory = sqlite3.Row
-        found = connection.execute("SELECT * FROM releases WHERE participation_id = ?", (participation_id,))
-        return [dict(row) for row in found]
+        return [dict(row) for row in connection.execute(statement, values)]
+
+
+def _releases(state: Path, participation_id: str) -> list[Row]:
+    return _rows_of(state, "SELECT * FROM releases WHERE participation_id = ?", participation_id)
 
 
 def _files(who: str, state: Path, releases: list[Row]) -> Iterator[str]:
-    """Bytes that wait to be sent are what was noised; acknowledged ones are gone."""
+    """Bytes that wait to be sent are what was noised; acknowledged ones are gone, but for a vector that is kept until a
+    later round."""
     for row in releases:
         if row["file"] is None:
             continue
-        if row["state"] in ("acknowledged", "discarded"):
+        if row["state"] == "discarded" or (row["state"] == "acknowledged" and not row["secured"]):
             yield f"{who}: round {row['round_number']} is {row['state']} and its bytes are still held"
             continue
         path = state / "releases" / row["file"]
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != row["digest"]:
             yield f"{who}: the bytes of round {row['round_number']} are not those of its row"
+
+
+# --- secured rounds ---------------------------------------------------------------------------------------------------
+
+
+SECRET: Final = ("offer", "secrets", "keys_answer", "shares_answer", "survivors", "receipt")
+"""Columns of a worker's session that are empty when it is over."""
+
+
+def _secured(record: Record, job: Row) -> Iterator[str]:
+    """When rounds are over nothing is left that could unmask an update; and every worker signed one set an attempt, and
+    told shares for one set a round."""
+    for table in ("secured_attempts", "secured_members"):
+        for row in record.rows(
+            f"SELECT DISTINCT r.number FROM {table} s JOIN rounds r ON r.id = s.round_id"  # noqa: S608 - our own
+            " WHERE r.job_id = %s AND r.phase IN ('completed', 'failed', 'cancelled')",
+            job["id"],
+        ):
+            yield f"round {row['number']} is over and {table} has rows of it"
+    if record.rows("SELECT 1 AS one FROM discarded_blobs LIMIT 1"):
+        yield "blobs are noted as discarded and were not deleted"
+    if _is_secured(job):
+        for of in record.rows("SELECT * FROM rounds WHERE job_id = %s AND kind = 'train'", job["id"]):
+            yield from _attempts_told(record, job, of)
+    for part in record.rows(
+        "SELECT p.id, o.name AS organization FROM participations p JOIN datasets d ON d.id = p.dataset_id"
+        " JOIN organizations o ON o.id = d.organization_id WHERE p.job_id = %s",
+        job["id"],
+    ):
+        yield from _sessions(record, job, part["organization"], str(part["id"]))
+
+
+STORY: Final = ("keys-closed", "shares-closed", "round-frozen", "survivors-signed", "unmasked")
+"""What is told of the attempt that came through, in this order."""
+
+
+def _attempts_told(record: Record, job: Row, of: Row) -> Iterator[str]:
+    """The record tells every step of the attempt that came through, and as many that did not as there were."""
+    told = [row for row in _events(record, f"job:{job['id']}") if row["data"].get("round") == of["number"]]
+    if (aborts := sum(row["kind"] == "attempt-aborted" for row in told)) != of["attempt"] - 1:
+        yield f"round {of['number']}: {aborts} attempts were given up, and it came through in attempt {of['attempt']}"
+    last = [row["kind"] for row in told if row["data"].get("attempt") == of["attempt"] and row["kind"] in STORY]
+    steps = [kind for number, kind in enumerate(last) if kind not in last[:number]]  # unmasked anew after wrong shares
+    if steps != list(STORY):
+        yield f"round {of['number']}: of its last attempt the record tells {steps}"
+
+
+def _sessions(record: Record, job: Row, who: str, participation_id: str) -> Iterator[str]:
+    """One worker's own account of a job's secured rounds."""
+    state = record.journals[who]
+    sessions = _rows_of(state, "SELECT * FROM sessions WHERE participation_id = ?", participation_id)
+    for row in sessions:
+        where = f"{who}: attempt {row['attempt']} of round {row['round_number']}"
+        if row["state"] != "over":
+            yield f"{where} is over and its session is {row['state']}"
+        elif left := [name for name in SECRET if row[name] is not None]:
+            yield f"{where} is over and its {', '.join(left)} are still in the journal"
+    digests = [row["masked_digest"] for row in sessions if row["masked_digest"] is not None]
+    if len(digests) != len(set(digests)):
+        yield f"{who}: two attempts have the same masks"
+    if left_files := sorted(path.name for path in (state / "masked").glob(f"{participation_id}-*")):
+        yield f"{who}: {len(left_files)} masked updates were not deleted"
+    for number in sorted({row["round_number"] for row in sessions}):
+        sets = {row["revealed_for"] for row in sessions if row["round_number"] == number and row["revealed_for"]}
+        if len(sets) > 1:
+            yield f"{who}: shares of round {number} were told for two sets of survivors"
+        (of,) = record.rows("SELECT id FROM rounds WHERE job_id = %s AND number = %s", job["id"], number)
+        members = [row for row in _contributions(record, of["id"]) if row["position"] is not None]
+        summed = [f"{row['organization']}/{row['dataset']}" for row in members]
+        for one in sets:
+            if json.loads(one) != summed:
+                yield f"{who}: shares of round {number} were told for another set than was summed"
 
 
 def _job_events(record: Record, job: Row) -> Iterator[str]:
@@ -456,7 +570,8 @@ def _ledgers(record: Record) -> Iterator[str]:
 
 def _one_open_round(record: Record) -> Iterator[str]:
     for row in record.rows(
-        "SELECT job_id, count(*) AS open FROM rounds WHERE phase IN ('collecting', 'aggregating') GROUP BY 1"
+        "SELECT job_id, count(*) AS open FROM rounds WHERE phase IN ('collecting', 'survivors', 'unmasking', 'aggregating')"
+        " GROUP BY 1"
     ):
         if row["open"] > 1:
             yield f"job {row['job_id']} has {row['open']} open rounds"

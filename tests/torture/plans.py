@@ -50,6 +50,7 @@ _ORGANIZATIONS: Final = {
     "strategy": {"fedavg": {"weights": "uniform"}},
     "evaluation": {"holdout": 0.25},
 }
+_SECURED: Final = {**_ORGANIZATIONS, "strategy": "fedavg", "secure_aggregation": True}
 _LOUD: Final = {"clip_norm": 0.5, "noise_multiplier": 20.0}
 """So that the budgets of a ground last for hundreds of jobs."""
 
@@ -65,10 +66,24 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
     },
     "local": {**_ORGANIZATIONS, "privacy": {"unit": "organization", "where": "local", **_LOUD}},
     "central": {**_ORGANIZATIONS, "privacy": {"unit": "organization", "where": "central", **_LOUD}},
+    "secured": {**_SECURED, "strategy": "fedavgm", "privacy": {"unit": "none", "clip_norm": 1.0}},
+    "hasty": {
+        **_SECURED,
+        "privacy": {"unit": "none", "clip_norm": 1.0},
+        "secure_aggregation": {"step_s": 1.5},
+    },
+    "distributed": {
+        **_ORGANIZATIONS,
+        "secure_aggregation": True,
+        "evaluation": {"holdout": 0},
+        "privacy": {"unit": "organization", "where": "distributed", **_LOUD},
+    },
     "over-selection": {"cohort": {**_ALL, "min_updates": 2, "fraction": 0.6, "over_selection": 1}},
 }
-EXACT: Final = ("plain", "momentum", "adam", "wide")
-"""Without noise, over-selection and missed deadlines: the model is that of an undisturbed job."""
+EXACT: Final = ("plain", "momentum", "adam", "wide", "secured", "hasty")
+"""Without noise, over-selection and missed deadlines: the model is that of an undisturbed job. All three sites are needed
+under secure aggregation, so that whatever was given up and begun again has the same sum in the end."""
+_PLAIN: Final = EXACT[:4]
 
 
 def spec_of(variant: str) -> JobSpec:
@@ -119,20 +134,21 @@ class Plan:
 
 
 def draw(seed: int) -> Plan:
-    """The plan of a seed: one to three steps."""
+    """The plan of a seed: one to three steps, at points that the job of its variant may pass."""
     chance = random.Random(f"isthmus torture {seed}")
     layout = chance.choice(LAYOUTS)
     variant = chance.choice(list(VARIANTS))
     count = chance.choice((1, 1, 2, 2, 3))
     steps: dict[tuple[str, str], Step] = {}
     while len(steps) < count:
-        step = _step(chance)
+        step = _step(chance, variant)
         steps[step.role, step.point] = step  # one order a point and role
     return Plan(f"seed {seed}", layout, variant, tuple(steps.values()), drawn=True)
 
 
-def _step(chance: random.Random) -> Step:
-    point = chance.choice([*POINTS, *WIRE])
+def _step(chance: random.Random, variant: str) -> Step:
+    passed = [name for name, point in POINTS.items() if _passes(variant, point.variant)]
+    point = chance.choice([*passed, *(name for name, point in WIRE.items() if _passes(variant, point.variant))])
     if point in WIRE:
         actions: Sequence[str] = (CUT, CUT, STALL, KILL_AGENT, KILL_SERVER)
     elif POINTS[point].program == CHILD:
@@ -146,6 +162,12 @@ def _step(chance: random.Random) -> Step:
         action=chance.choice(actions),
         restart_s=chance.choice((0.0, 0.0, 0.3, 1.0, 2.5)),
     )
+
+
+def _passes(variant: str, wanted: str) -> bool:
+    """Whether the job of a variant may come to a point that not every job passes."""
+    masks = "secure_aggregation" in VARIANTS[variant]
+    return wanted in ("", "wide", variant) or (wanted == "secured" and masks)
 
 
 def _role(point: str, site: str) -> str:
@@ -162,14 +184,15 @@ def every_point() -> Iterator[Plan]:
         if point.needs:
             steps.append(Step(point.needs, SITES[number % 3], 2, KILL, 2.5))
         layout = ONE if point.needs else LAYOUTS[number % 2]  # which process comes by then is decided by a race
-        yield Plan(f"point {point.name}", layout, point.variant or EXACT[number // 2 % len(EXACT)], tuple(steps))
+        yield Plan(f"point {point.name}", layout, point.variant or _PLAIN[number // 2 % len(_PLAIN)], tuple(steps))
 
 
 def every_disturbance() -> Iterator[Plan]:
     """Each other disturbance once in each layout: on every place of the wire, and at telling points elsewhere."""
     for number, (point, action) in enumerate([(point, action) for point in WIRE for action in ON_THE_WIRE]):
         layout = LAYOUTS[(number + number // len(ON_THE_WIRE)) % 2]
-        yield Plan(f"{action} at {point}", layout, "wide", (Step(point, SITES[number % 3], 2, action, 0.3),))
+        steps = (Step(point, SITES[number % 3], 2, action, 0.3),)
+        yield Plan(f"{action} at {point}", layout, WIRE[point].variant, steps)
     for layout in LAYOUTS:
         for action, point in (
             (POSTGRES_FAST, "spent"),
@@ -185,9 +208,20 @@ def every_disturbance() -> Iterator[Plan]:
             (FREEZE, "update-durable"),
             (FREEZE, "aggregate-unpublished"),
             (FREEZE, "sweep-begun"),
+            (POSTGRES_IMMEDIATE, "step-uncommitted"),
+            (POSTGRES_IMMEDIATE, "survivors-kept"),
+            (POSTGRES_FAST, "secrets-rebuilt"),
+            (CLOCK_FORWARD, "shares-made"),
+            (CLOCK_FORWARD, "survivors-kept"),
+            (CLOCK_FORWARD, "revealed"),
+            (CLOCK_BACK, "keys-made"),
+            (FREEZE, "shares-kept"),
+            (FREEZE, "masked-over"),
+            (FREEZE, "step-uncommitted"),
+            (FREEZE, "sum-half-written"),
         ):
             step = Step(point, _role(point, SITES[1]), 2, action)
-            yield Plan(f"{action} at {point}", layout, "momentum", (step,))
+            yield Plan(f"{action} at {point}", layout, POINTS[point].variant or "momentum", (step,))
 
 
 __all__ = ["COORDINATOR", "SERVER", "Plan", "Step", "draw", "every_disturbance", "every_point", "spec_of"]

@@ -80,6 +80,43 @@ POINTS: Final[dict[str, Point]] = {
             variant="central",
         ),
         *_points(
+            SERVER,
+            ("step-asked", "before", "app.rounds.secured.steps:take_message", "a message of a step came, nothing is locked"),
+            ("step-checked", "after", "app.rounds.secured.steps:_check", "a step's message is right, and not kept"),
+            ("step-uncommitted", "after", "app.rounds.secured.steps:take_message", "a message is kept, not committed"),
+            ("step-unanswered", "after", "app.rounds.secured.steps:find_answer", "committed, the answer has not left"),
+            ("step-due", "before", "app.rounds.secured.closing:_close_early_step", "keys or shares are about to close"),
+            ("step-closed", "after", "app.rounds.secured.closing:_close_early_step", "they closed, not committed"),
+            ("survivors-due", "before", "app.rounds.secured.closing:_freeze", "the last masked update is in"),
+            ("survivors-fixed", "after", "app.rounds.secured.closing:_freeze", "who is in the sum, not committed"),
+            ("unmasking-due", "before", "app.rounds.secured.closing:_open_unmasking", "enough have signed the set"),
+            ("unmasking-open", "after", "app.rounds.secured.closing:_open_unmasking", "shares may be told, not committed"),
+            ("unmasked", "after", "app.rounds.secured.closing:_begin_aggregation", "enough were told, not committed"),
+            variant="secured",
+        ),
+        *_points(
+            COORDINATOR,
+            ("secrets-rebuilt", "after", "app.rounds.secured.unmasking:rebuild", "what is taken off is known, in memory"),
+            ("sum-half-written", "after", "isthmus.federation.secured:exact_squares", "a stretch is unmasked, not written"),
+            ("sum-written", "after", "app.rounds.secured.unmasking:write_sum", "the sum is a draft"),
+            ("mean-written", "after", "app.rounds.aggregation:_write_mean_of_sum", "the next model is a draft"),
+            ("attempt-forgotten", "after", "app.rounds.ending:forget_attempt", "roster and messages go, not committed"),
+            ("masked-undeleted", "before", "app.rounds.aggregation:_delete", "published, masked updates are still there"),
+            variant="secured",
+        ),
+        *_points(
+            SERVER,
+            ("shares-unspent", "before", "app.rounds.secured.closing:spend_for_survivors", "nothing is spent for the set"),
+            ("shares-spent", "after", "app.rounds.secured.closing:spend_for_survivors", "spent for the set, not committed"),
+            variant="distributed",
+        ),
+        *_points(
+            COORDINATOR,
+            ("attempt-given-up", "before", "app.rounds.secured.closing:_begin_again", "too few stayed", "keys-kept"),
+            ("attempt-begun-again", "after", "app.rounds.secured.closing:_begin_again", "not committed", "keys-kept"),
+            variant="hasty",
+        ),
+        *_points(
             AGENT,
             ("task-in-hand", "before", "isthmus_worker.loop:Agent.serve", "a task was claimed, nothing is done"),
             ("model-unfetched", "before", "isthmus_worker.loop:Agent._model", "the model is about to be fetched"),
@@ -94,6 +131,39 @@ POINTS: Final[dict[str, Point]] = {
             ("receipt-in-hand", "before", "isthmus.client.receipts:verify_receipt", "a receipt came, not verified"),
             ("receipt-verified", "before", "isthmus_worker.journal:Journal.mark_acknowledged", "verified, not kept"),
             ("acknowledged", "after", "isthmus_worker.journal:Journal.mark_acknowledged", "the receipt is kept"),
+        ),
+        *_points(
+            AGENT,
+            ("keys-made", "after", "isthmus_worker.secured.records:Sessions.begin", "secrets are kept, nothing is sent"),
+            ("keys-came", "before", "isthmus_worker.secured.records:Sessions.keep_keys", "checked, not kept"),
+            ("keys-kept", "after", "isthmus_worker.secured.records:Sessions.keep_keys", "no share is made of our secrets"),
+            ("shares-made", "after", "isthmus_worker.secured.standing:Standing.shares_message", "shares are not sent"),
+            ("shares-came", "before", "isthmus_worker.secured.records:Sessions.keep_shares", "checked, not kept"),
+            ("shares-kept", "after", "isthmus_worker.secured.records:Sessions.keep_shares", "nothing is masked"),
+            ("masking-due", "before", "isthmus_worker.trainer:Trainer.mask", "masks are known, the child has no order"),
+            ("masked", "before", "isthmus_worker.secured.records:Sessions.keep_masked", "masked, its digest is not kept"),
+            ("masked-kept", "after", "isthmus_worker.secured.records:Sessions.keep_masked", "kept, nothing was asked"),
+            ("masked-asking", "after", "isthmus_worker.secured.records:Sessions.note_asking", "about to be admitted"),
+            ("masked-taken", "before", "isthmus_worker.secured.records:Sessions.keep_receipt", "receipt not kept here"),
+            ("masked-over", "after", "isthmus_worker.secured.records:Sessions.keep_receipt", "the receipt is kept"),
+            ("survivors-came", "before", "isthmus_worker.secured.records:Sessions.keep_survivors", "checked, not kept"),
+            ("survivors-kept", "after", "isthmus_worker.secured.records:Sessions.keep_survivors", "the set is not signed"),
+            ("survivors-signed", "before", "isthmus_worker.secured.standing:Standing.open_confirmations", "all signed it"),
+            ("revealing", "before", "isthmus_worker.secured.records:Sessions.keep_revealed", "nothing says for whom"),
+            ("revealed", "after", "isthmus_worker.secured.records:Sessions.keep_revealed", "no share is told yet"),
+            ("session-over", "before", "isthmus_worker.secured.records:Sessions.end", "told; the secrets are still kept"),
+            variant="secured",
+        ),
+        *_points(
+            AGENT,
+            ("reveal-charged", "after", "isthmus_worker.secured.sending:charge_before_revealing", "spent, nothing told"),
+            variant="distributed",
+        ),
+        *_points(
+            CHILD,
+            ("mask-half-written", "after", "isthmus_worker.secured.masking:add_masks", "a stretch is masked, not written"),
+            ("mask-written", "after", "isthmus_worker.secured.masking:write_masked", "masked, the agent was not told"),
+            variant="secured",
         ),
         *_points(
             CHILD,
@@ -125,6 +195,10 @@ class WirePoint:
     after_bytes: int | None
     answer: bytes
     words: str
+    within: bytes = b""
+    """What else the request's first line holds."""
+    variant: str = "wide"
+    """The job whose talk passes it; `wide` has bodies that come in pieces."""
 
 
 WIRE: Final[dict[str, WirePoint]] = {
@@ -135,5 +209,25 @@ WIRE: Final[dict[str, WirePoint]] = {
         WirePoint("wire-admission", b"PUT /v1/tasks/", False, None, b"HTTP/1.1 100", "100 Continue does not arrive"),
         WirePoint("wire-update", b"PUT /v1/tasks/", True, 500, b"", "while uploading"),
         WirePoint("wire-receipt", b"PUT /v1/tasks/", False, None, b"HTTP/1.1 200", "the receipt does not arrive"),
+        WirePoint(
+            "wire-step",
+            b"POST /v1/tasks/",
+            False,
+            None,
+            b"HTTP/1.1 20",
+            "a step's answer does not arrive",
+            within=b"/steps/",
+            variant="secured",
+        ),
+        WirePoint(
+            "wire-told",
+            b"POST /v1/tasks/",
+            True,
+            1,
+            b"",
+            "a step's message is on its way",
+            within=b"/steps/",
+            variant="secured",
+        ),
     ]
 }

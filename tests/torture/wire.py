@@ -155,6 +155,8 @@ class Relay:
                 point = order.point
                 if order.done or point.upwards is not upwards or not line.request.startswith(point.request):
                     continue
+                if point.within not in line.request.split(b"\r\n", 1)[0]:
+                    continue
                 if not (piece if point.after_bytes is None else talk.head).startswith(point.answer):
                     continue
                 if point.after_bytes is None:

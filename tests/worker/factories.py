@@ -80,7 +80,7 @@ SECURED: Mapping[str, Any] = {
 
 DISTRIBUTED: Mapping[str, Any] = {
     **SECURED,
-    "privacy": {"unit": "organization", "where": "distributed", "clip_norm": 1.0, "noise_multiplier": 1.0},
+    "privacy": {"unit": "organization", "where": "distributed", "clip_norm": 1.0, "noise_multiplier": 4.0},
 }
 """What makes it one whose workers each add a share of the noise."""
 

@@ -65,11 +65,13 @@ class SecuredRound:
     """Fields of the offer."""
     # moods
     lies: dict[Step, Callable[[bytes], bytes]] = field(default_factory=dict)
+    """What is answered to a message instead of the truth."""
     refusals: dict[Step, ProblemCode] = field(default_factory=dict)
     held: set[Step] = field(default_factory=set)
     """Steps that stay open."""
     # what was heard
     heard: list[tuple[Step, bytes]] = field(default_factory=list)
+    upload: bytes | None = None
     total: NDArray[np.int32] | None = None
     """The unmasked sum."""
 
@@ -141,14 +143,19 @@ class SecuredRound:
             return self.refusals[step]
         if step in self.held:
             return None
-        truth = {
-            Step.KEYS: lambda: self._keys(message),
-            Step.SHARES: lambda: self._shares(message),
-            Step.UPDATE: lambda: self._update(upload),
-            Step.SURVIVORS: lambda: self._survivors(message),
-            Step.UNMASK: lambda: self._unmask(message, upload),
-        }[step]()
-        return self.lies.get(step, lambda answer: answer)(truth)
+        self.upload = upload
+        return self.lies[step](message) if step in self.lies else self.truth(step, message)
+
+    def truth(self, step: Step, message: bytes) -> bytes:
+        """What an honest service answers."""
+        honest: dict[Step, Callable[[bytes], bytes]] = {
+            Step.KEYS: self._keys,
+            Step.SHARES: self._shares,
+            Step.UPDATE: self._update,
+            Step.SURVIVORS: self._survivors,
+            Step.UNMASK: self._unmask,
+        }
+        return honest[step](message)
 
     def _keys(self, message: bytes) -> bytes:
         server.check_keys(self.context, self.index, self.identity, message)
@@ -180,25 +187,28 @@ class SecuredRound:
             other.shared = client.open_shares(self.context, place, other.secrets, other.keyed, inbox(place))
         return inbox(self.index)
 
-    def _update(self, upload: bytes | None) -> bytes:
-        assert upload is not None, "the update step is asked for when the masked update is in"
+    def _update(self, _message: bytes) -> bytes:
+        assert self.upload is not None, "the update step is asked for when the masked update is in"
         return server.survivors_answer(self.survivors)
 
     def _survivors(self, message: bytes) -> bytes:
         server.check_confirmation(self.context, self.survivors, self.identity, message)
-        signed = {
-            place: client.confirm(self.context, self.survivors, other.key.sign)
-            for place, other in self.others.items()
-            if place in self.survivors
-        }
-        return server.confirmations_answer({**signed, self.index: message})
+        return server.confirmations_answer({**self.confirmations(self.survivors), self.index: message})
 
-    def _unmask(self, message: bytes, upload: bytes | None) -> bytes:
-        assert upload is not None
+    def confirmations(self, survivors: tuple[int, ...]) -> dict[int, bytes]:
+        """The others' signatures of a set of survivors."""
+        return {
+            place: client.confirm(self.context, survivors, other.key.sign)
+            for place, other in self.others.items()
+            if place in survivors
+        }
+
+    def _unmask(self, message: bytes) -> bytes:
+        assert self.upload is not None
         everybody = range(len(self.roster))
         server.check_reveal(message, everybody, self.survivors)
         reveals = {self.index: message}
-        total = decode(upload, self.base.upload_manifest)[MASKED].copy()
+        total = decode(self.upload, self.base.upload_manifest)[MASKED].copy()
         for place in self.survivors:
             if place == self.index:
                 continue

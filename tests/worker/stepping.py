@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable
 
+from isthmus_worker.journal import Journal
 from isthmus_worker.loop import Agent, Outcome
 from tests.worker.fake_service import FakeService
 
-LONG_S = 60.0
+LONG_S = 40.0
 
 
 def identity_of(agent: Agent) -> bytes:
@@ -20,7 +21,7 @@ def until(
     """Have the agent step (or call `instead`) until something is so; what its steps came to."""
     ends, outcomes = time.monotonic() + LONG_S, list[Outcome]()
     while not found():
-        assert time.monotonic() < ends, outcomes
+        assert time.monotonic() < ends, outcomes[:3] + outcomes[-3:]
         if instead is None:
             outcomes.append(agent.step(wait_s))
         else:
@@ -39,3 +40,18 @@ def finish(agent: Agent, service: FakeService) -> list[Outcome]:
 
     until(agent, done, lambda: outcomes.append(agent.step(1)))
     return outcomes
+
+
+def reborn(agent: Agent) -> Agent:
+    """The agent of the next start, on the same state directory: what was in the memory of the last one is gone."""
+    agent.close()
+    agent.journal.close()
+    journal = Journal.open(agent.state)
+    journal.verify()
+    journal.recover()
+    again = Agent(
+        agent.settings, agent.state, agent.credentials, agent.client, journal, agent.trainer, sleep=agent.sleep
+    )
+    again._served, again._accounts = agent._served, agent._accounts
+    again.settle()
+    return again

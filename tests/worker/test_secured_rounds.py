@@ -13,7 +13,7 @@ from isthmus.codec.errors import CodecError
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import TaskOffer
 from isthmus.wire.secured import MASKED, Step
-from isthmus_worker.journal import Release, ReleaseState, key_of
+from isthmus_worker.journal import Journal, Release, ReleaseState, key_of
 from isthmus_worker.loop import Agent, Outcome
 from isthmus_worker.release import VectorNeverLeaves, hand_in
 from isthmus_worker.secured import serving
@@ -115,7 +115,7 @@ def test_keys_and_shares_travel_while_the_worker_trains(
 
     def slow(order: Any, on_alive: Any, cancelled: Any) -> Any:
         done = work(order, on_alive, cancelled)
-        until(agent, lambda: bool(secured.messages(Step.SHARES)), lambda: cancelled())
+        until(agent, lambda: bool(secured.messages(Step.SHARES)), cancelled)
         came.set()
         return done
 
@@ -244,7 +244,7 @@ def test_the_spend_is_recorded_once_whatever_the_attempt(agent: Agent, service: 
 
 
 def test_spread_noise_is_charged_before_shares_are_revealed_and_not_before(agent: Agent, service: FakeService) -> None:
-    secured = SecuredRound(identity_of(agent), make_secured_spec(**DISTRIBUTED), held={Step.SURVIVORS, Step.UNMASK})
+    secured = SecuredRound(identity_of(agent), make_secured_spec(**DISTRIBUTED), held={Step.SURVIVORS})
     offer = service.offer_secured(secured)
     until(agent, lambda: bool(secured.messages(Step.SURVIVORS)))
     assert not agent.journal.ledgers.entries(LINEAGE)
@@ -252,7 +252,12 @@ def test_spread_noise_is_charged_before_shares_are_revealed_and_not_before(agent
     spent = agent.journal.spent(LINEAGE)
     assert spent.epsilon(1e-5) > 0  # others may reveal theirs: it counts at once
     charged: list[int] = []
-    secured.lies[Step.UNMASK] = lambda answer: charged.append(_entries(agent)) or answer  # type: ignore[func-returns-value]
+
+    def unmasked(message: bytes) -> bytes:
+        charged.append(_entries(agent))
+        return secured.truth(Step.UNMASK, message)
+
+    secured.lies[Step.UNMASK] = unmasked
 
     secured.held.clear()
     finish(agent, service)
@@ -265,8 +270,6 @@ def test_spread_noise_is_charged_before_shares_are_revealed_and_not_before(agent
 
 def _entries(agent: Agent) -> int:
     """As it is on the disk: asked for by the service's thread."""
-    from isthmus_worker.journal import Journal  # noqa: PLC0415
-
     looking = Journal.look_into(agent.state)
     try:
         return len(looking.ledgers.entries(LINEAGE))
@@ -327,16 +330,17 @@ def test_the_vector_is_kept_until_a_later_round_is_offered(agent: Agent, service
 
 
 def test_the_secrets_of_an_attempt_are_gone_from_the_disk_when_it_is_over(agent: Agent, service: FakeService) -> None:
-    secured = SecuredRound(identity_of(agent), held={Step.UNMASK})
+    secured = SecuredRound(identity_of(agent), refusals={Step.UNMASK: ProblemCode.NOT_READY})
     offer = service.offer_secured(secured)
     until(agent, lambda: bool(secured.messages(Step.UNMASK)))
     secrets = agent.journal.sessions.get(session_key(offer)).secrets
     parts = [secrets[at : at + 32] for at in range(0, 128, 32)]
     assert all(_is_on_disk(agent.state.root, part) for part in parts)
 
-    secured.held.clear()
+    secured.refusals.clear()
     finish(agent, service)
 
+    assert secured.total is not None
     assert agent.journal.sessions.find(session_key(offer)) is None
     assert not any(_is_on_disk(agent.state.root, part) for part in parts)
 

@@ -94,9 +94,7 @@ async def take_message(
         if held.sent != message:
             raise StepConflict(step.value)
         return Taken(held.of.id, _answered(attempt, step))
-    if step is Step.UPDATE:
-        if message:
-            raise StepMessageInvalid("The message of step update is empty: the masked update goes by PUT to /update.")
+    if step is Step.UPDATE:  # the upload is its message
         return Taken(held.of.id, _answered(attempt, step))
     if _closed(attempt, step) and step is not Step.SURVIVORS:
         raise StepClosed(f"The step {step.value} closed without this participation: its message had not come.")

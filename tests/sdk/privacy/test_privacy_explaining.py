@@ -14,6 +14,8 @@ from isthmus.wire.rounds import METRICS_PREFIX, STATISTICS_PREFIX, TaskKind, kin
 RECORD = {"unit": "record", "clip_norm": 1.5, "epsilon": 3.0}
 CENTRAL = {"unit": "organization", "where": "central", "clip_norm": 1.5, "noise_multiplier": 2.0}
 LOCAL = {**CENTRAL, "where": "local"}
+DISTRIBUTED = {**CENTRAL, "where": "distributed"}
+SECURED: dict[str, Any] = {"secure_aggregation": True, "cohort": {"min_updates": 4}}
 UNIFORM = {"fedavg": {"weights": "uniform"}}
 DATA: dict[str, Any] = {"task": "classification", "features": ["a", "b"], "target": "y", "classes": 2}
 MEASURED = {
@@ -47,7 +49,18 @@ JOBS = {
     "central": job(privacy=CENTRAL, strategy=UNIFORM),
     "central-in-two": job(privacy={**CENTRAL, "max_orgs_per_person": 2}, strategy=UNIFORM),
     "local": job(privacy=LOCAL, strategy=UNIFORM),
+    "secured-none": job(privacy={"unit": "none", "clip_norm": 1.5}, **SECURED),
+    "secured-record": job(privacy=RECORD, **{**SECURED, "secure_aggregation": {"clip_norm": 7.5}}),
+    "secured-local": job(privacy=LOCAL, strategy=UNIFORM, **SECURED),
+    "distributed": job(privacy=DISTRIBUTED, strategy=UNIFORM, **SECURED),
+    "distributed-against-two": job(
+        privacy={**DISTRIBUTED, "max_orgs_per_person": 2},
+        strategy=UNIFORM,
+        secure_aggregation={"max_colluding": 2},
+        cohort={"min_updates": 10},
+    ),
 }
+HIDDEN = {name: spec for name, spec in JOBS.items() if spec.secure_aggregation is not None}
 CLAIMED = {name: spec for name, spec in JOBS.items() if spec.privacy.mode is not PrivacyMode.NONE}
 
 
@@ -98,10 +111,62 @@ def test_only_under_central_noise_is_the_operator_trusted_and_it_is_said_three_t
         words = explanation_of(spec)
         central = spec.privacy.mode is PrivacyMode.CENTRAL
         assert ("it is trusted with every single update" in words.guarantee) == central, name
-        assert ("even if the operator of this service" in words.guarantee) != central, name
+        distributed = spec.privacy.mode is PrivacyMode.DISTRIBUTED
+        assert ("even if the operator of this service" in words.guarantee) == (not central and not distributed), name
+        assert ("against the operator of this service" in words.guarantee) == distributed, name
         assert any("The operator of this service is honest" in item for item in words.assumptions) == central, name
         assert any("against the operator" in item for item in words.not_protected) == central, name
         assert any("to this service alone" in item for item in words.released) == central, name
+
+
+@pytest.mark.parametrize("spec", HIDDEN.values(), ids=HIDDEN)
+def test_under_masks_the_service_is_said_to_see_only_sums_and_what_that_does_not_do(spec: JobSpec) -> None:
+    words = explanation_of(spec)
+
+    assert "Secure aggregation" in words.mechanism
+    assert f"L2 norm of {spec.update_bound:g}, leaves the worker as masked whole numbers" in words.mechanism
+    (updates,) = [item for item in words.released if item.startswith("Updates of the model")]
+    least = spec.cohort.min_updates
+    assert f"this service sees only the sum of each round's, of {least} or more" in updates
+    assert any("fewer than a third" in item for item in words.assumptions)
+    assert any("pins the fingerprint" in item for item in words.assumptions)
+    assert any("The organizations of a round but one" in item for item in words.not_protected)
+    assert any("moves the model unseen" in item for item in words.not_protected)
+    assert "every single update" not in everything(words)
+
+
+def test_hiding_updates_is_not_sold_as_differential_privacy() -> None:
+    words = explanation_of(JOBS["secured-none"])
+
+    assert words.guarantee.startswith(NO_CLAIM)
+    assert any("no differential privacy" in item for item in words.not_protected)
+    for name, spec in JOBS.items():
+        masked = "masked" in everything(explanation_of(spec))
+        assert masked == (spec.secure_aggregation is not None), name
+
+
+@pytest.mark.parametrize(
+    ("name", "honest", "least", "others"),
+    [
+        ("distributed", 4, 4, "as long as no other organization of a round works together with it, or for itself"),
+        ("distributed-against-two", 8, 10, "even together with 2 of the other organizations of a round"),
+    ],
+)
+def test_the_claim_of_noise_in_shares_says_how_many_honest_organizations_it_needs(
+    name: str, honest: int, least: int, others: str
+) -> None:
+    words = explanation_of(JOBS[name])
+
+    assert f"the claim needs {honest} honest organizations in every round's sum, this one included" in words.guarantee
+    assert f"A round is summed with {least} updates or more." in words.guarantee
+    assert others in words.guarantee
+    assert words.assumptions.index(
+        next(item for item in words.assumptions if item.startswith(f"At least {honest} organizations in every round"))
+    )
+    assert f"those of {honest} organizations together are all the noise" in words.mechanism
+    assert "with its share of the noise either way (zero out one)" in words.adjacency
+    assert any("the share of the noise that it added itself" in item for item in words.not_protected)
+    assert "count each round with twice the sensitivity" in words.accountant
 
 
 def test_neighbours_are_those_that_the_noise_is_scaled_for() -> None:

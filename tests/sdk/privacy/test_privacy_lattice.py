@@ -170,11 +170,7 @@ def test_a_lattice_that_is_none_is_refused(scale: int, dimension: int) -> None:
 
 @pytest.mark.parametrize("dimension", [1, 3, 4, 5, 15, 16, 17, 10**6, 10**6 + 1, 10**12 + 1, (1 << 60) - 1])
 def test_the_sensitivity_is_the_scale_and_half_the_root_rounded_up(dimension: int) -> None:
-    extra = (
-        Lattice(1.0, 1, dimension).sensitivity - 1
-        if dimension < 1 << 50
-        else rounding_reach(dimension)
-    )
+    extra = Lattice(1.0, 1, dimension).sensitivity - 1 if dimension < 1 << 50 else rounding_reach(dimension)
     assert 4 * extra**2 >= dimension > 4 * (extra - 1) ** 2
 
 

@@ -79,6 +79,37 @@ def test_few_organizations_are_told_to_hide_records() -> None:
     assert "use unit: record" not in advice(organizations("central"), *[300] * 60)
 
 
+def in_shares(members: int = 4, colluding: int = 0) -> JobSpec:
+    section = {"unit": "organization", "where": "distributed", "clip_norm": 1.0, "epsilon": 8.0, "delta": 1e-5}
+    return sample_spec(
+        privacy=section,
+        strategy=UNIFORM,
+        rounds=50,
+        secure_aggregation={"max_colluding": colluding},
+        cohort={"min_updates": members},
+    )
+
+
+def test_the_noise_of_a_mean_in_shares_is_that_of_all_who_add_them() -> None:
+    """As much as central noise where as many take part as the shares are sized for, and more of it with more."""
+    sites = [300] * 10
+    central = of(organizations("central"), *sites).mean_noise
+    enough, larger = of(in_shares(10), *sites).mean_noise, of(in_shares(10, 2), *sites).mean_noise
+    assert central is not None
+    assert enough == pytest.approx(central, rel=1e-3)
+    assert larger == pytest.approx(central * (10 / 8) ** 0.5, rel=1e-3)
+    assert of(in_shares(10), 300).datasets[0].step_noise is None
+
+
+def test_jobs_in_shares_are_told_what_their_claim_leaves_open() -> None:
+    told = advice(in_shares(), *[300] * 4)
+    assert "With 4 organizations use unit: record with secure_aggregation: hiding a whole organization" in told
+    assert "Write secure_aggregation: {max_colluding: 1}" in told
+    assert "max_colluding" not in advice(in_shares(10, 1), *[300] * 10)
+    assert "cohort.min_updates 10 or more updates, and there are 4 datasets" in advice(in_shares(10), *[300] * 4)
+    assert "datasets: it cannot take place" not in advice(in_shares(10), 300) + advice(in_shares(10), *[300] * 10)
+
+
 def test_noise_that_drowns_everything_is_told() -> None:
     small = sample_spec(privacy={**RECORD, "epsilon": 0.1}, training={"optimizer": "adam", "batch_size": 4}, rounds=100)
     assert "little will be learned: use larger batches" in advice(small, 50, 50)

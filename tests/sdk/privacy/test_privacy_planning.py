@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.privacy.cost import Cost, Limit, fits
+from isthmus.privacy.events import DistributedGaussianRelease
 from isthmus.privacy.planning import (
     PlanImpossible,
     costs_by_round,
@@ -14,6 +15,7 @@ from isthmus.privacy.planning import (
     plan_contradictions,
     plan_of,
     round_cost,
+    round_event,
     training_rows,
 )
 from isthmus.testing import sample_spec
@@ -269,3 +271,109 @@ def test_a_plan_says_what_it_takes_of_a_budget_that_counts_records() -> None:
     plan = planned(central)
     assert plan.epsilon <= 3.0 < plan.budget_epsilon == grant_cost(central, plan, 6, 2, ledger=True).epsilon(1e-6)
     assert planned(record_job()).budget_epsilon == planned(record_job()).epsilon
+
+
+# --- Noise in shares --------------------------------------------------------------------------------------------------
+
+
+def distributed_job(members: int = 10, colluding: int = 0, **changes: Any) -> JobSpec:
+    privacy = {"unit": "organization", "where": "distributed", "clip_norm": 1.0, "epsilon": 8.0}
+    return sample_spec(
+        **{
+            "privacy": privacy | changes.pop("privacy", {}),
+            "strategy": UNIFORM,
+            "secure_aggregation": {"max_colluding": colluding},
+            "cohort": {"min_updates": members},
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("members", "elements", "rounds", "epsilon", "delta", "effective"),
+    [
+        (20, 10**6, 50, 3.0, 1e-6, 11.63),
+        (100, 10**6, 100, 3.0, 1e-6, 16.45),
+        (10, 10**5, 20, 8.0, 1e-5, 2.85),
+    ],
+)
+def test_noise_in_shares_is_the_published_one(
+    members: int, elements: int, rounds: int, epsilon: float, delta: float, effective: float
+) -> None:
+    """Effective: the sum's deviation in units of the clip, which the rounded sensitivity is a little above."""
+    spec = distributed_job(members, rounds=rounds, privacy={"epsilon": epsilon, "delta": delta})
+    plan = planned(spec, elements=elements)
+    event = round_event(spec, plan, 1, elements)
+    assert isinstance(event, DistributedGaussianRelease)
+    found = (event.shares * event.local_variance) ** 0.5 / (1 << 20)
+    assert found == pytest.approx(effective, rel=2e-3)
+    assert plan.epsilon <= epsilon
+    less = plan.model_copy(update={"noise_multiplier": plan.noise_multiplier * 0.998})
+    assert grant_cost(spec, less, elements, rounds).epsilon(delta) > epsilon
+
+
+def test_the_event_says_the_shares_that_are_surely_there_and_the_sensitivity_of_the_lattice() -> None:
+    spec, elements = distributed_job(10, 3), 1000
+    plan = planned(spec, elements=elements)
+    claimed, counted = (round_event(spec, plan, 1, elements, ledger=ledger) for ledger in (False, True))
+    assert isinstance(claimed, DistributedGaussianRelease)
+    assert isinstance(counted, DistributedGaussianRelease)
+    sensitivity = (1 << 20) + 16  # 4 * 16^2 is the first such square above 1000
+    assert (claimed.sensitivity, claimed.shares, claimed.dimension) == (sensitivity, 7, elements)
+    assert 7 * claimed.local_variance >= (plan.noise_multiplier * sensitivity) ** 2 > 7 * (claimed.local_variance - 1)
+    assert counted == DistributedGaussianRelease(2 * sensitivity, claimed.local_variance, 7, elements)
+    assert plan.epsilon < plan.budget_epsilon < 4 * plan.epsilon
+    assert round_cost(spec, plan, 1, elements).draws == 7 * elements
+
+
+def test_who_may_collude_adds_to_the_noise_of_each_and_not_to_the_claim() -> None:
+    """The sum's noise is what the claim needs; of fewer shares each is larger."""
+    alone, against = distributed_job(10), distributed_job(10, 3)
+    plans = [planned(spec, elements=1000) for spec in (alone, against)]
+    assert plans[0].noise_multiplier == plans[1].noise_multiplier
+    shares = [round_event(spec, plan, 1, 1000) for spec, plan in zip((alone, against), plans, strict=True)]
+    variances = [one.local_variance for one in shares if isinstance(one, DistributedGaussianRelease)]
+    assert variances[1] == pytest.approx(variances[0] * 10 / 7, rel=1e-6)
+
+
+def test_plans_of_jobs_that_differ_in_their_shares_alone_are_not_mistaken_for_each_other() -> None:
+    """Their plans are kept in a cache: noise that 200 can share is too much for 3."""
+    noise = {"epsilon": None, "noise_multiplier": 5000.0}
+    planned(distributed_job(200, privacy=noise), elements=10**8)
+    with pytest.raises(PlanImpossible, match="does not fit into 32 bits"):
+        plan_of(distributed_job(3, privacy=noise), 300, 10**8)
+
+
+@pytest.mark.parametrize("where", ["local", "distributed"])
+def test_noise_that_does_not_fit_under_masks_is_refused_with_what_would_help(where: str) -> None:
+    much = {"where": where, "epsilon": None, "noise_multiplier": 9000.0}
+    few, elements = distributed_job(3, privacy=much), 10**9
+    with pytest.raises(PlanImpossible, match=r"does not fit into 32 bits.*less noise, or more organizations"):
+        plan_of(few, 300, elements)
+    planned(distributed_job(3, privacy=much), elements=1000)
+    without = sample_spec(privacy=dict(few.privacy.model_dump(), where="local"), strategy=UNIFORM)
+    planned(without, elements=elements)  # without masks there is room, and the same search is not mistaken for it
+    plan = planned(distributed_job(3, privacy={"where": where}), elements=1000)
+    louder = plan.model_copy(update={"noise_multiplier": 1e8})
+    (told,) = plan_contradictions(distributed_job(3, privacy={"where": where}), louder, 1000)
+    assert "cannot be kept" in told
+    assert "32 bits" in told
+
+
+def test_an_honest_plan_in_shares_contradicts_nothing_and_a_quieter_one_is_found_out() -> None:
+    spec = distributed_job(10, 3)
+    plan = planned(spec)
+    assert plan_contradictions(spec, plan, 6) == []
+    quieter = plan.model_copy(update={"noise_multiplier": plan.noise_multiplier / 2})
+    assert any("By the task's plan the job costs epsilon" in one for one in plan_contradictions(spec, quieter, 6))
+    forged = quieter.model_copy(update={"epsilon": 99.0, "budget_epsilon": 99.0})
+    assert any("it promises 8" in one for one in plan_contradictions(spec, forged, 6))
+    central = plan.model_copy(update={"where": "central"})
+    assert any("another unit, place" in one for one in plan_contradictions(spec, central, 6))
+
+
+def test_more_draws_than_the_samplers_share_of_delta_covers_are_refused_in_words() -> None:
+    many = distributed_job(140, rounds=100)
+    with pytest.raises(PlanImpossible, match=r"draw 1.4e\+11 integers of noise"):
+        plan_of(many, 300, 10**7)
+    planned(distributed_job(140, rounds=100, privacy={"delta": 1e-5}), elements=10**7)

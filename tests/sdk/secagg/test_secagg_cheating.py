@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations, product
+from uuid import UUID
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -11,11 +12,12 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from isthmus.secagg import client, server
+from isthmus.secagg.context import context_of
 from isthmus.secagg.derivation import agree, channel_key
 from isthmus.secagg.messages import ADVERTISEMENT_BYTES, SEALED_BYTES, Advertisement, keys_statement, u32s
 from isthmus.secagg.parameters import threshold_of
 from isthmus.secagg.roster import Member, Roster
-from isthmus.secagg.shamir import PRIME
+from isthmus.secagg.shamir import PRIME, secret_from
 from isthmus.secagg.violations import ProtocolViolation
 from isthmus.wire.secured import Step
 from tests.sdk.secagg.driver import Attempt, Indices, drawn
@@ -306,6 +308,19 @@ def test_a_sum_of_fewer_than_the_job_needs_is_refused(attempt: Attempt) -> None:
         play(attempt, honest(attempt, (0, 1, 2)), needed=4)
 
 
+def test_the_threshold_is_needed_even_where_the_job_needs_fewer(attempt: Attempt) -> None:
+    with pytest.raises(ProtocolViolation, match="Only 2 updates are in the sum; 3 have to be"):
+        play(attempt, honest(attempt) | {Step.UPDATE: server.survivors_answer((0, 1))}, needed=1)
+
+
+def test_another_set_of_as_many_is_another_set() -> None:
+    attempt = Attempt(5)
+    one, other = (0, 1, 2, 3), (0, 1, 2, 4)
+    answer = server.confirmations_answer({i: client.confirm(attempt.context, one, attempt.sign(i)) for i in (0, 1, 2)})
+    with pytest.raises(ProtocolViolation, match="org-000 did not sign this set"):
+        client.open_confirmations(attempt.context, attempt.roster, other, answer)
+
+
 def test_a_roster_of_another_size_than_offered_is_refused(attempt: Attempt) -> None:
     with pytest.raises(ProtocolViolation, match="The roster has 4 members; the offer said 5"):
         client.open_keys(
@@ -419,8 +434,6 @@ def test_shares_below_the_threshold_say_nothing() -> None:
         a1 = ((y1 - a0) * pow(x1, -1, PRIME) - a2 * x1) % PRIME
         assert [(a0 + a1 * x + a2 * x * x) % PRIME for x in xs] == values
     true = [*values, int.from_bytes(known[2].held[3][0], "big")]
-    from isthmus.secagg.shamir import secret_from
-
     assert secret_from((1, 2, 3), true) == int.from_bytes(attempt.secrets[3].seed, "big")
 
 
@@ -457,10 +470,6 @@ def test_sharing_again_for_fewer_members_gives_the_others_the_same_shares() -> N
 
 
 def test_the_context_changes_with_everything_that_all_have_to_agree_on() -> None:
-    from uuid import UUID
-
-    from isthmus.secagg.context import context_of
-
     digests = ["a" * 64, "b" * 64]
     seen = {
         context_of(

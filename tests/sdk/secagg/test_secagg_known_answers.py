@@ -1,6 +1,7 @@
 """Published answers for what the protocol is made of, through our own functions where there are some."""
 
 import hashlib
+import hmac
 
 import numpy as np
 import pytest
@@ -85,8 +86,6 @@ def test_hkdf_as_in_rfc_5869_and_ours_is_it_under_our_salt() -> None:
     found = HKDF(SHA256(), 42, bytes(range(13)), bytes(range(0xF0, 0xFA))).derive(b"\x0b" * 22)
     assert found.hex() == ("3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865")
     # By hand: extract, then one block of expand.
-    import hmac
-
     extracted = hmac.digest(PROTOCOL, b"secret", hashlib.sha256)
     assert derive(b"secret", b"info") == hmac.digest(extracted, b"info\x01", hashlib.sha256)
 

@@ -199,6 +199,13 @@ def test_liars_that_lie_about_different_members_are_all_found(liars: Liars) -> N
     assert rebuilt.suspects == (0, 3, 6)
 
 
+def test_an_honest_member_that_was_left_out_with_liars_is_no_suspect() -> None:
+    twelve = Liars(13)  # 9 shares are needed: decoding finds one liar, leaving out three members in turn finds two
+    rebuilt = twelve.rebuild(twelve.survivors, {0: twelve.everybody, 7: twelve.everybody})
+    assert twelve.sum_with(rebuilt)
+    assert rebuilt.suspects == (0, 7)
+
+
 def test_more_liars_than_answers_to_spare_are_noticed(liars: Liars) -> None:
     with pytest.raises(SharesWrong) as wrong:
         liars.rebuild(liars.survivors, dict.fromkeys((0, 1, 2), liars.everybody))

@@ -7,6 +7,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -24,6 +25,8 @@ from isthmus_worker.files import write_durably
 from isthmus_worker.handover import HandoverRefused, give, receive
 from isthmus_worker.journal import Journal
 from isthmus_worker.ledger import LedgerDamaged
+from isthmus_worker.secured.peers import SCHEMA as PEERS_SCHEMA
+from isthmus_worker.secured.peers import Peer, Peers
 from isthmus_worker.settings import EXAMPLE, Settings, SettingsRefused, read_settings
 from isthmus_worker.showing import in_words, lines, show_ledger, show_results, standing
 from isthmus_worker.state import Credentials, NotEnrolled, StateDir, StateInUse
@@ -33,6 +36,10 @@ app = typer.Typer(
 )
 datasets = typer.Typer(help="Hand datasets on to other workers.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(datasets, name="dataset")
+peers = typer.Typer(
+    help="Keys of other organizations, for secure aggregation.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(peers, name="peers")
 
 Config = Annotated[Path, typer.Option("--config", "-c", help="The worker's TOML file.", envvar=CONFIG_VARIABLE)]
 
@@ -223,6 +230,60 @@ def receive_dataset(
     )
 
 
+@peers.command("list")
+def list_peers(
+    config: Config = DEFAULT_CONFIG, as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False
+) -> None:
+    """This worker's own fingerprint, and those of the organizations that it has met or that were trusted here."""
+    settings = _settings(config)
+    state, known = StateDir(settings.state_dir), list[Peer]()
+    if state.journal.exists():
+        with _journal(settings) as journal:
+            known = journal.peers.all()
+    if as_json:
+        plain = {"own": state.public_key(), "peers": [asdict(peer) for peer in known]}
+        typer.echo(json.dumps(plain, indent=2))
+        return
+    typer.echo(f"own           {state.public_key() or 'none yet'}")
+    for peer in known:
+        how = "trusted" if peer.trusted else "first seen"
+        typer.echo(f"{peer.organization:<13} {peer.public_key} ({how} {peer.since[:10]})")
+    if not known:
+        typer.echo("No other organization was met yet.")
+
+
+@peers.command("trust")
+def trust_peer(
+    organization: Annotated[str, typer.Argument(help="Name of the organization.")],
+    fingerprint: Annotated[str, typer.Argument(help="What `peers list` shows as its worker's own.")],
+    config: Config = DEFAULT_CONFIG,
+) -> None:
+    """Let an organization's key pass, beside those that pass already. Ask them for it by another way than the service.
+
+    The agent may run meanwhile.
+    """
+    with _changing_peers(config) as known:
+        try:
+            known.trust(organization, fingerprint)
+        except ValueError as error:
+            _give_up(f"{error}.")
+    typer.echo(f"{organization} may be in a round with this key.")
+
+
+@peers.command("forget")
+def forget_peer(
+    organization: Annotated[str, typer.Argument(help="Name of the organization.")], config: Config = DEFAULT_CONFIG
+) -> None:
+    """Forget all keys of an organization: the next one that is seen is pinned. The agent may run meanwhile."""
+    with _changing_peers(config) as known:
+        gone = known.forget(organization)
+    if not gone:
+        _give_up(
+            f"This worker knows no key of {organization!r}. `isthmus-worker peers list` shows those that it knows."
+        )
+    typer.echo(f"{organization} is forgotten; the next key that is seen of it is pinned.")
+
+
 @app.command()
 def preflight(config: Config = DEFAULT_CONFIG) -> None:
     """Look whether this machine is ready: configuration, data, memory, torch, the service, the key."""
@@ -276,6 +337,20 @@ def _journal(settings: Settings) -> Iterator[Journal]:
             yield journal
     except sqlite3.OperationalError as error:
         _give_up(f"{state.journal}: {error}. It is made, or brought up to date, when the agent starts.")
+
+
+@contextmanager
+def _changing_peers(config: Path) -> Iterator[Peers]:
+    """The pinned keys, to be changed while an agent may be working."""
+    journal = StateDir(_settings(config).state_dir).journal
+    if not journal.exists():
+        _give_up(f"{journal} is not there yet. It is made when the agent starts for the first time.")
+    try:
+        with closing(sqlite3.connect(journal, isolation_level=None)) as connection:
+            connection.executescript(PEERS_SCHEMA)
+            yield Peers(connection)
+    except sqlite3.OperationalError as error:
+        _give_up(f"{journal}: {error}. Try again.")
 
 
 def _budget(settings: Settings, name: str) -> Budget | None:

@@ -19,11 +19,11 @@ What a release costs is journalled with it, and is written into the ledger of it
 transaction that marks it as released. What may have been admitted unheard counts as spent until that is known. A
 release whose cost does not fit into the budget beside all that is neither computed nor prepared.
 
-Under secure aggregation what is noised once is a *vector* that is never sent: what leaves is masked anew with the keys of
-each attempt. Its file is `Release.vector`, and its `path`, of which bytes may be sent, is None for ever. It is kept until a
-later round of its participation, because another attempt of the round must not noise again. Where the shares of
-noise of several organizations protect it (`where: distributed`), nothing has left before shares are revealed: the
-spend is recorded then.
+Under secure aggregation what is noised once is a *vector* that is never sent: what leaves is masked anew with the keys
+of each attempt. Its file is `Release.vector`; its `path`, of which bytes may be sent, is None for ever. It is kept
+until a later round of its participation, because another attempt of the round must not noise again. Where shares of
+noise of several organizations protect it (`where: distributed`), nothing has left before shares of the masks' secrets
+are revealed, and the spend is recorded then.
 
 SQLite in WAL mode with synchronous=FULL: a transition that returned is on the disk. `prepare` alone leaves that to the
 `note_asking` that follows it: nothing may have been admitted before, and what is synced later takes along what was
@@ -130,7 +130,7 @@ class Release:
     path: Path | None
     """Where the bytes that may be sent are; None: deleted, or there are none (see `vector`)."""
     vector: Path | None = None
-    """Of a secured round: where the vector is that is never sent unmasked; None: deleted, or the round is not secured."""
+    """Of a secured round: where the vector is, which is never sent as it is; None: deleted, or there is none."""
     secured: bool = False
 
     @property

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 from uuid import UUID
@@ -207,8 +208,7 @@ class Agent:
             if left_s <= 0:
                 return None
             if not self._claims.are_open and not self._secured.is_full:
-                poll_s, holding = self._poll_s(wait_s), self._secured.held()
-                self._claims.ask(lambda: self._claim(poll_s, holding))  # noqa: B023 - called now
+                self._claims.ask(partial(self._claim, self._poll_s(wait_s), self._secured.held()))
             self._secured.wait(left_s)
 
     def serve(self, offer: TaskOffer) -> Outcome:
@@ -216,9 +216,11 @@ class Agent:
         if found := self._objections(offer):
             return self.refuse(offer, " ".join(found))
         self.journal.pin(offer)
+        self._secured.leave_earlier(offer)
         self.journal.retire_before(str(offer.participation_id), offer.round_number)
-        if offer.secured is not None:
-            return self._secured.serve(offer)
+        return self._serve_openly(offer) if offer.secured is None else self._secured.serve(offer)
+
+    def _serve_openly(self, offer: TaskOffer) -> Outcome:
         with Heart(self.client, offer, self.settings.resources.max_silence_s, self.state.note_contact) as heart:
             release = self.journal.find(key_of(offer))
             if release is not None:

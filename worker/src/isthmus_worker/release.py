@@ -63,7 +63,7 @@ class VectorNeverLeaves(Exception):
 
 
 class Books(Protocol):
-    """What is written down while bytes are handed in, so that a worker killed at any moment knows what may have left."""
+    """What is written down while bytes are handed in: a worker killed at any moment knows what may have left."""
 
     def asking(self) -> None:
         """Admission is about to be asked for."""
@@ -204,10 +204,10 @@ class PlainBooks:
         """Only what was prepared and never released may be forgotten, and only where its round is over for us."""
         code = known(refusal)
         waits = state_of(self.journal, self.release) is ReleaseState.PREPARED
-        if waits and code not in LATER | PASSING:
-            if self.journal.give_up(self.release, code) is ReleaseState.DISCARDED:
-                return HandedIn.DISCARDED
-        return HandedIn.KEPT
+        if not waits or code in LATER | PASSING:
+            return HandedIn.KEPT
+        given_up = self.journal.give_up(self.release, code)
+        return HandedIn.DISCARDED if given_up is ReleaseState.DISCARDED else HandedIn.KEPT
 
     def received(self, receipt: UpdateReceipt) -> None:
         """Keep the receipt; the bytes can go."""

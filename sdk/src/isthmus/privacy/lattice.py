@@ -73,9 +73,9 @@ class Lattice:
             raise ValueError(f"a vector's share is {share}; it must be above 0, and 1 at most")
         return math.ceil(share * self.scale) + rounding_reach(self.dimension)
 
-    def bound_holds(self, squares: int, share: float = 1.0) -> bool:
-        """Whether a vector whose squares sum up to `squares` keeps its reach, the sensitivity: in whole numbers."""
-        return squares <= self.reach(share) ** 2
+    def bound_holds(self, squares: int) -> bool:
+        """Whether a vector whose squares sum up to `squares` keeps the sensitivity: in whole numbers."""
+        return squares <= self.sensitivity**2
 
     def factor_of(self, norm: float) -> float:
         """What an update of this norm is multiplied with before it is rounded: steps per unit, less if it is too long.
@@ -189,10 +189,9 @@ class Lattice:
         elements = sum(array.size for array in update.values())
         if elements != self.dimension:
             raise ValueError(f"the update has {elements} elements, the lattice {self.dimension}")
+        allowed = self.reach(share) ** 2
         factor = self.factor_of(global_norm(update)) * share
-        while not self.bound_holds(
-            sum(sum_of_squares(to_lattice(block, factor)) for _, block in _blocks(update)), share
-        ):
+        while sum(sum_of_squares(to_lattice(block, factor)) for _, block in _blocks(update)) > allowed:
             factor *= _SHRINK
         return factor
 

@@ -19,19 +19,22 @@ if TYPE_CHECKING:
 def attempt_objections(sessions: Sessions, offer: TaskOffer) -> list[str]:
     """Why what is kept of earlier attempts does not allow this one; empty if it does.
 
-    An attempt goes on with the secrets that it has, if it is the same in all that these are bound to. Another one has to
-    be a later one, of the same round or of a later round.
+    An attempt goes on with the secrets that it has, if it is the same in all that these are bound to. Another one has
+    to be a later one, of the same round or of a later round.
     """
-    key, secured = session_key(offer), offer.secured
-    assert secured is not None, "only offers of secured rounds are asked about"
-    newest = sessions.newest(key.participation_id)
-    if newest is None:
+    newest = sessions.newest(str(offer.participation_id))
+    if newest is None or newest[0] < offer.round_number:
         return []
     number, attempt, round_id = newest
     if offer.round_number < number:
         return [f"Round {offer.round_number} is over for this worker: it has taken part in round {number} since."]
-    if offer.round_number > number:
-        return []
+    return _attempt_objections(sessions, offer, attempt, round_id)
+
+
+def _attempt_objections(sessions: Sessions, offer: TaskOffer, attempt: int, round_id: str) -> list[str]:
+    """The same, where the last session was of the same round: of this attempt and id."""
+    number, secured = offer.round_number, offer.secured
+    assert secured is not None, "only offers of secured rounds are asked about"
     if round_id != str(secured.round_id):
         return [f"Round {number} has another id than when this worker first took part in it."]
     if offer.attempt < attempt:
@@ -41,7 +44,7 @@ def attempt_objections(sessions: Sessions, offer: TaskOffer) -> list[str]:
         ]
     if offer.attempt > attempt:
         return []
-    record = sessions.find(key)
+    record = sessions.find(session_key(offer))
     if record is None:
         return [f"Attempt {attempt} of round {number} is over for this worker, and its keys are deleted."]
     return _changed(record, offer)
@@ -117,8 +120,8 @@ def other_set_objections(revealed: Sequence[tuple[str, ...]], survivors: tuple[s
     """Whether shares of this round were revealed for others than these: two sums tell what lies between them."""
     if any(before != survivors for before in revealed):
         return [
-            "This worker has revealed its shares of this round for another set of survivors: the difference of two sums "
-            "would show the updates of those between."
+            "This worker has revealed its shares of this round for another set of survivors: the difference of two "
+            "sums would show the updates of those between."
         ]
     return []
 

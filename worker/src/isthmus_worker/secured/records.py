@@ -1,4 +1,4 @@
-"""What is kept of a secured round, so that a worker that is killed at any point goes on with the same bytes or not at all.
+"""What is kept of a secured round: a worker that is killed at any point goes on with the same bytes, or not at all.
 
 One row for each attempt of a round that a participation took part in. Everything that a message follows from is in its
 row before the message is sent: the secrets before the keys, the others' keys before the shares, the digest of the one
@@ -8,8 +8,8 @@ that again, byte for byte.
     keys ──▶ shares ──▶ shared ──▶ masked ──▶ submitted ──▶ signed ──▶ revealed
       └────────┴──────────┴──────────┴───────────┴────────────┴───────────┴──────▶ over
 
-`over` has no secrets any more, no messages, no offer: only that the attempt was, and, if shares were revealed, for which
-set of survivors.
+`over` has no secrets any more, no messages, no offer: only that the attempt was, and, if shares were revealed, for
+which set of survivors.
 """
 
 import json
@@ -28,8 +28,9 @@ CREATE TABLE IF NOT EXISTS sessions (
     participation_id TEXT NOT NULL, round_number INTEGER NOT NULL, attempt INTEGER NOT NULL, round_id TEXT NOT NULL,
     state TEXT NOT NULL CHECK (state IN
         ('keys', 'shares', 'shared', 'masked', 'submitted', 'signed', 'revealed', 'over')),
-    offer TEXT, secrets BLOB, keys_answer BLOB, shares_answer BLOB, masked_digest TEXT, asked INTEGER NOT NULL DEFAULT 0,
-    receipt TEXT, survivors BLOB, revealed_for TEXT, began_at TEXT NOT NULL, ended_at TEXT, note TEXT,
+    offer TEXT, secrets BLOB, keys_answer BLOB, shares_answer BLOB, masked_digest TEXT,
+    asked INTEGER NOT NULL DEFAULT 0, receipt TEXT, survivors BLOB, revealed_for TEXT,
+    began_at TEXT NOT NULL, ended_at TEXT, note TEXT,
     PRIMARY KEY (participation_id, round_number, attempt)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS declared_rows (
@@ -244,8 +245,9 @@ class Sessions:
 
     def _end(self, where: str, values: Sequence[Any], note: str) -> None:
         ended = self._connection.execute(
-            "UPDATE sessions SET state = 'over', offer = NULL, secrets = NULL, keys_answer = NULL, shares_answer = NULL,"  # noqa: S608 - our own
-            f" survivors = NULL, receipt = NULL, ended_at = ?, note = ? WHERE state <> 'over' AND ({where})",
+            "UPDATE sessions SET state = 'over', offer = NULL, secrets = NULL, keys_answer = NULL,"  # noqa: S608 - our own
+            " shares_answer = NULL, survivors = NULL, receipt = NULL, ended_at = ?, note = ?"
+            f" WHERE state <> 'over' AND ({where})",
             (_now(), note, *values),
         )
         if ended.rowcount > 0:

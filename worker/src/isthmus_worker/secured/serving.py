@@ -1,7 +1,7 @@
 """All secured rounds that the agent is in, as its main thread sees them.
 
-A secured task is served in two pieces, so that nobody waits for anybody: what is kept of the update is computed as for any
-task, while its session exchanges keys and shares; and once both are there, the update is masked and handed in. In
+A secured task is served in two pieces, so that nobody waits for anybody: what is kept of the update is computed as for
+any task, while its session exchanges keys and shares; once both are there, the update is masked and handed in. In
 between the agent claims other tasks. A session that has handed in goes on by itself until it has revealed its shares.
 
 Sessions write nothing. They hand pieces of that to this thread, which does them whenever it looks (`tick`): between
@@ -133,10 +133,15 @@ class SecuredTasks:
                 return outcome
         return None
 
+    def leave_earlier(self, offer: TaskOffer) -> None:
+        """A participation has one session at most, that of the offer that came last."""
+        for key, session in list(self._open.items()):
+            if key.participation_id == str(offer.participation_id):
+                self._drop(session, Ending.LOST, "it is offered again")
+
     def serve(self, offer: TaskOffer) -> Outcome:
         """Begin with an offer that has passed all checks, or go on with it."""
         host, sessions = self._host, self._host.journal.sessions
-        self._leave_earlier(offer)
         record = sessions.find(session_key(offer))
         if record is None:
             record = sessions.begin(offer, _fresh_secrets())
@@ -299,12 +304,6 @@ class SecuredTasks:
         identity = self._host.state.identity()
         public_key = identity.public_key().public_bytes_raw()
         return Standing.of(record, identity=public_key, sign=identity.sign, announced_rows=announced)
-
-    def _leave_earlier(self, offer: TaskOffer) -> None:
-        """A participation has one session: the one that is offered now."""
-        for key, session in list(self._open.items()):
-            if key.participation_id == str(offer.participation_id):
-                self._drop(session, Ending.LOST, "it is offered again")
 
     def _conclude(self, session: Session) -> Outcome:
         """Close a session that has ended; the service is told where it still waits for us."""

@@ -19,6 +19,8 @@ from isthmus.secagg.client import (
 )
 from isthmus.secagg.context import context_of
 from isthmus.secagg.derivation import Mask
+from isthmus.secagg.reading import Reader
+from isthmus.secagg.roster import Roster
 from isthmus.secagg.violations import ProtocolViolation
 from isthmus.wire.rounds import TaskOffer
 from isthmus_worker.secured.checks import (
@@ -118,13 +120,16 @@ class Standing:
         Raises:
             ProtocolViolation: some rule is broken.
         """
-        assert self.offer.secured is not None, "only offers of secured rounds have a standing"
         secured = self.offer.secured
+        assert secured is not None, "only offers of secured rounds have a standing"
+        reader = Reader(answer, "The answer to the keys")
+        roster = Roster.from_bytes(reader.take(reader.u32()))
+        if roster.digest() == secured.roster_digest:  # else `open_keys` says so
+            _leave_for(
+                own_place_objections(roster, self.offer, identity=self.identity, announced_rows=self.announced_rows)
+            )
         keyed = open_keys(self.context, secured.roster_digest, secured.members, self.index, self.secrets, answer)
-        _leave_for(
-            own_place_objections(keyed.roster, self.offer, identity=self.identity, announced_rows=self.announced_rows)
-            or too_few(len(keyed.advertisements), needed_of(self.offer), "keys")
-        )
+        _leave_for(too_few(len(keyed.advertisements), needed_of(self.offer), "keys"))
         self._keyed = keyed
 
     def shares_message(self) -> bytes:
