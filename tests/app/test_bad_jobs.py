@@ -166,7 +166,7 @@ UNHIDDEN: dict[str, tuple[dict[str, Any], ProblemCode, str]] = {
         secured(data={**plain()["data"], "standardize": "federated"}), INVALID, "use standardize: none",
     ),
     "secured-with-batch-norm": (
-        secured(**{"model": {"layers": [{"linear": {"in": 2, "out": 2}}, {"batch_norm": {"features": 2}}]}}), INVALID,
+        secured(model={"layers": [{"linear": {"in": 2, "out": 2}}, {"batch_norm": {"features": 2}}]}), INVALID,
         "use group_norm",
     ),
     "secured-without-a-bound": (secured(privacy="none"), INVALID, "needs a bound on the whole update"),

@@ -81,8 +81,8 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "over-selection": {"cohort": {**_ALL, "min_updates": 2, "fraction": 0.6, "over_selection": 1}},
 }
 EXACT: Final = ("plain", "momentum", "adam", "wide", "secured", "hasty")
-"""Without noise, over-selection and missed deadlines: the model is that of an undisturbed job. All three sites are needed
-under secure aggregation, so that whatever was given up and begun again has the same sum in the end."""
+"""Without noise, over-selection and missed deadlines: the model is that of an undisturbed job. All three sites are
+needed under secure aggregation, so that whatever was given up and begun again has the same sum in the end."""
 _PLAIN: Final = EXACT[:4]
 
 

@@ -35,6 +35,14 @@ def _points(program: str, *rows: tuple[str, ...], variant: str = "") -> list[Poi
     ]
 
 
+_STEPS: Final = "app.rounds.secured.steps"
+_CLOSING: Final = "app.rounds.secured.closing"
+_UNMASKING: Final = "app.rounds.secured.unmasking"
+_SESSIONS: Final = "isthmus_worker.secured.records:Sessions"
+_STANDING: Final = "isthmus_worker.secured.standing:Standing"
+_SENDING: Final = "isthmus_worker.secured.sending"
+_MASKING: Final = "isthmus_worker.secured.masking"
+
 POINTS: Final[dict[str, Point]] = {
     point.name: point
     for point in [
@@ -81,39 +89,39 @@ POINTS: Final[dict[str, Point]] = {
         ),
         *_points(
             SERVER,
-            ("step-asked", "before", "app.rounds.secured.steps:take_message", "a message of a step came, nothing is locked"),
-            ("step-checked", "after", "app.rounds.secured.steps:_check", "a step's message is right, and not kept"),
-            ("step-uncommitted", "after", "app.rounds.secured.steps:take_message", "a message is kept, not committed"),
-            ("step-unanswered", "after", "app.rounds.secured.steps:find_answer", "committed, the answer has not left"),
-            ("step-due", "before", "app.rounds.secured.closing:_close_early_step", "keys or shares are about to close"),
-            ("step-closed", "after", "app.rounds.secured.closing:_close_early_step", "they closed, not committed"),
-            ("survivors-due", "before", "app.rounds.secured.closing:_freeze", "the last masked update is in"),
-            ("survivors-fixed", "after", "app.rounds.secured.closing:_freeze", "who is in the sum, not committed"),
-            ("unmasking-due", "before", "app.rounds.secured.closing:_open_unmasking", "enough have signed the set"),
-            ("unmasking-open", "after", "app.rounds.secured.closing:_open_unmasking", "shares may be told, not committed"),
-            ("unmasked", "after", "app.rounds.secured.closing:_begin_aggregation", "enough were told, not committed"),
+            ("step-asked", "before", f"{_STEPS}:take_message", "a message of a step came, nothing is locked"),
+            ("step-checked", "after", f"{_STEPS}:_check", "a step's message is right, and not kept"),
+            ("step-uncommitted", "after", f"{_STEPS}:take_message", "a message is kept, not committed"),
+            ("step-unanswered", "after", f"{_STEPS}:find_answer", "committed, the answer has not left"),
+            ("step-due", "before", f"{_CLOSING}:_close_early_step", "keys or shares are about to close"),
+            ("step-closed", "after", f"{_CLOSING}:_close_early_step", "they closed, not committed"),
+            ("survivors-due", "before", f"{_CLOSING}:_freeze", "the last masked update is in"),
+            ("survivors-fixed", "after", f"{_CLOSING}:_freeze", "who is in the sum, not committed"),
+            ("unmasking-due", "before", f"{_CLOSING}:_open_unmasking", "enough have signed the set"),
+            ("unmasking-open", "after", f"{_CLOSING}:_open_unmasking", "shares may be told, not committed"),
+            ("unmasked", "after", f"{_CLOSING}:_begin_aggregation", "enough were told, not committed"),
             variant="secured",
         ),
         *_points(
             COORDINATOR,
-            ("secrets-rebuilt", "after", "app.rounds.secured.unmasking:rebuild", "what is taken off is known, in memory"),
-            ("sum-half-written", "after", "isthmus.federation.secured:exact_squares", "a stretch is unmasked, not written"),
-            ("sum-written", "after", "app.rounds.secured.unmasking:write_sum", "the sum is a draft"),
+            ("secrets-rebuilt", "after", f"{_UNMASKING}:rebuild", "what is taken off is known, in memory"),
+            ("sum-half-written", "after", "isthmus.federation.secured:exact_squares", "some is unmasked, not written"),
+            ("sum-written", "after", f"{_UNMASKING}:write_sum", "the sum is a draft"),
             ("mean-written", "after", "app.rounds.aggregation:_write_mean_of_sum", "the next model is a draft"),
             ("attempt-forgotten", "after", "app.rounds.ending:forget_attempt", "roster and messages go, not committed"),
-            ("masked-undeleted", "before", "app.rounds.aggregation:_delete", "published, masked updates are still there"),
+            ("masked-undeleted", "before", "app.rounds.aggregation:_delete", "published, masked updates lie on"),
             variant="secured",
         ),
         *_points(
             SERVER,
-            ("shares-unspent", "before", "app.rounds.secured.closing:spend_for_survivors", "nothing is spent for the set"),
-            ("shares-spent", "after", "app.rounds.secured.closing:spend_for_survivors", "spent for the set, not committed"),
+            ("shares-unspent", "before", f"{_CLOSING}:spend_for_survivors", "nothing is spent for the set"),
+            ("shares-spent", "after", f"{_CLOSING}:spend_for_survivors", "spent for the set, not committed"),
             variant="distributed",
         ),
         *_points(
             COORDINATOR,
-            ("attempt-given-up", "before", "app.rounds.secured.closing:_begin_again", "too few stayed", "keys-kept"),
-            ("attempt-begun-again", "after", "app.rounds.secured.closing:_begin_again", "not committed", "keys-kept"),
+            ("attempt-given-up", "before", f"{_CLOSING}:_begin_again", "too few stayed", "keys-kept"),
+            ("attempt-begun-again", "after", f"{_CLOSING}:_begin_again", "not committed", "keys-kept"),
             variant="hasty",
         ),
         *_points(
@@ -134,35 +142,35 @@ POINTS: Final[dict[str, Point]] = {
         ),
         *_points(
             AGENT,
-            ("keys-made", "after", "isthmus_worker.secured.records:Sessions.begin", "secrets are kept, nothing is sent"),
-            ("keys-came", "before", "isthmus_worker.secured.records:Sessions.keep_keys", "checked, not kept"),
-            ("keys-kept", "after", "isthmus_worker.secured.records:Sessions.keep_keys", "no share is made of our secrets"),
-            ("shares-made", "after", "isthmus_worker.secured.standing:Standing.shares_message", "shares are not sent"),
-            ("shares-came", "before", "isthmus_worker.secured.records:Sessions.keep_shares", "checked, not kept"),
-            ("shares-kept", "after", "isthmus_worker.secured.records:Sessions.keep_shares", "nothing is masked"),
+            ("keys-made", "after", f"{_SESSIONS}.begin", "secrets are kept, nothing is sent"),
+            ("keys-came", "before", f"{_SESSIONS}.keep_keys", "checked, not kept"),
+            ("keys-kept", "after", f"{_SESSIONS}.keep_keys", "no share is made of our secrets"),
+            ("shares-made", "after", f"{_STANDING}.shares_message", "shares are not sent"),
+            ("shares-came", "before", f"{_SESSIONS}.keep_shares", "checked, not kept"),
+            ("shares-kept", "after", f"{_SESSIONS}.keep_shares", "nothing is masked"),
             ("masking-due", "before", "isthmus_worker.trainer:Trainer.mask", "masks are known, the child has no order"),
-            ("masked", "before", "isthmus_worker.secured.records:Sessions.keep_masked", "masked, its digest is not kept"),
-            ("masked-kept", "after", "isthmus_worker.secured.records:Sessions.keep_masked", "kept, nothing was asked"),
-            ("masked-asking", "after", "isthmus_worker.secured.records:Sessions.note_asking", "about to be admitted"),
-            ("masked-taken", "before", "isthmus_worker.secured.records:Sessions.keep_receipt", "receipt not kept here"),
-            ("masked-over", "after", "isthmus_worker.secured.records:Sessions.keep_receipt", "the receipt is kept"),
-            ("survivors-came", "before", "isthmus_worker.secured.records:Sessions.keep_survivors", "checked, not kept"),
-            ("survivors-kept", "after", "isthmus_worker.secured.records:Sessions.keep_survivors", "the set is not signed"),
-            ("survivors-signed", "before", "isthmus_worker.secured.standing:Standing.open_confirmations", "all signed it"),
-            ("revealing", "before", "isthmus_worker.secured.records:Sessions.keep_revealed", "nothing says for whom"),
-            ("revealed", "after", "isthmus_worker.secured.records:Sessions.keep_revealed", "no share is told yet"),
-            ("session-over", "before", "isthmus_worker.secured.records:Sessions.end", "told; the secrets are still kept"),
+            ("masked", "before", f"{_SESSIONS}.keep_masked", "masked, its digest is not kept"),
+            ("masked-kept", "after", f"{_SESSIONS}.keep_masked", "kept, nothing was asked"),
+            ("masked-asking", "after", f"{_SESSIONS}.note_asking", "about to be admitted"),
+            ("masked-taken", "before", f"{_SESSIONS}.keep_receipt", "receipt not kept here"),
+            ("masked-over", "after", f"{_SESSIONS}.keep_receipt", "the receipt is kept"),
+            ("survivors-came", "before", f"{_SESSIONS}.keep_survivors", "checked, not kept"),
+            ("survivors-kept", "after", f"{_SESSIONS}.keep_survivors", "the set is not signed"),
+            ("survivors-signed", "before", f"{_STANDING}.open_confirmations", "all signed it"),
+            ("revealing", "before", f"{_SESSIONS}.keep_revealed", "nothing says for whom"),
+            ("revealed", "after", f"{_SESSIONS}.keep_revealed", "no share is told yet"),
+            ("session-over", "before", f"{_SESSIONS}.end", "told; the secrets are still kept"),
             variant="secured",
         ),
         *_points(
             AGENT,
-            ("reveal-charged", "after", "isthmus_worker.secured.sending:charge_before_revealing", "spent, nothing told"),
+            ("reveal-charged", "after", f"{_SENDING}:charge_before_revealing", "spent, nothing told"),
             variant="distributed",
         ),
         *_points(
             CHILD,
-            ("mask-half-written", "after", "isthmus_worker.secured.masking:add_masks", "a stretch is masked, not written"),
-            ("mask-written", "after", "isthmus_worker.secured.masking:write_masked", "masked, the agent was not told"),
+            ("mask-half-written", "after", f"{_MASKING}:add_masks", "a stretch is masked, not written"),
+            ("mask-written", "after", f"{_MASKING}:write_masked", "masked, the agent was not told"),
             variant="secured",
         ),
         *_points(

@@ -52,14 +52,23 @@ def statement(text: str, *, table: str | None = None) -> Break:
     return act
 
 
-def journal(text: str) -> Break:
+def journal(text: str, rows: int = 1) -> Break:
     """Change a worker's journal."""
 
     def act(record: Record) -> None:
         with closing(sqlite3.connect(record.journals["clinic-01"] / "journal.sqlite")) as connection, connection:
-            assert connection.execute(text).rowcount == 1
+            assert connection.execute(text).rowcount == rows
 
     return act
+
+
+def session(state: str, **columns: str) -> Break:
+    """Give a worker a session of round 2."""
+    names, values = ", ".join(["state", *columns]), ", ".join([state, *columns.values()])
+    return journal(
+        f"INSERT INTO sessions (participation_id, round_number, attempt, round_id, began_at, {names})"
+        f" SELECT participation_id, 2, 1, 'x', 'x', {values} FROM releases WHERE round_number = 2"
+    )
 
 
 def file_of(query: str, change: Callable[[Path], None]) -> Break:
@@ -273,9 +282,51 @@ BREAKS: dict[str, tuple[Break, str]] = {
         journal(
             "INSERT INTO releases SELECT 99, participation_id, round_number, 'another model', spec_digest, kind,"
             " 'prepared', job, dataset, task_id, fence, digest, size_bytes, 0, NULL, clip_norm, noise_multiplier,"
-            " prepared_at, NULL, NULL, NULL, NULL, NULL, NULL, NULL FROM releases WHERE round_number = 2"
+            " prepared_at, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 FROM releases WHERE round_number = 2"
         ),
         "noised twice for one round",
+    ),
+    "a roster outlives its round": (
+        statement(
+            "INSERT INTO secured_attempts (round_id, attempt, step, roster, roster_digest, context, members, threshold,"
+            " needed, target, answers_needed) SELECT id, 1, 'unmask', 'x', 'x', 'x', 3, 3, 3, 3, 3 FROM rounds"
+            " WHERE number = 2"
+        ),
+        "round 2 is over and secured_attempts has rows of it",
+    ),
+    "masked updates are not deleted": (
+        statement("INSERT INTO discarded_blobs (key, discarded_at) VALUES ('updates/x', now())"),
+        "were not deleted",
+    ),
+    "a worker keeps secrets of a round that is over": (
+        session("'over'", secrets="x'00'"),
+        "its secrets are still in the journal",
+    ),
+    "a worker's session is never over": (
+        session("'signed'"),
+        "is over and its session is signed",
+    ),
+    "a worker told shares for two sets": (
+        journal(
+            "INSERT INTO sessions (participation_id, round_number, attempt, round_id, state, revealed_for, began_at)"
+            " SELECT participation_id, 2, column1, 'x', 'over', column2, 'x' FROM releases,"
+            """ (VALUES (1, '["a/b"]'), (2, '["a/c"]')) WHERE round_number = 2""",
+            rows=2,
+        ),
+        "were told for two sets of survivors",
+    ),
+    "a worker told shares for another set than was summed": (
+        session("'over'", revealed_for="""'["clinic-00/patients"]'"""),
+        "were told for another set than was summed",
+    ),
+    "a worker masks two vectors with the same masks": (
+        journal(
+            "INSERT INTO sessions (participation_id, round_number, attempt, round_id, state, masked_digest, began_at)"
+            " SELECT participation_id, 2, column1, 'x', 'over', 'same', 'x' FROM releases, (VALUES (1), (2))"
+            " WHERE round_number = 2",
+            rows=2,
+        ),
+        "two attempts have the same masks",
     ),
     "a worker holds bytes that it lost": (
         journal("UPDATE releases SET state = 'released', file = 'gone' WHERE round_number = 2"),

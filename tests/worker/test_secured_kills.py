@@ -45,7 +45,8 @@ def start(settings: Settings, state: StateDir, tmp_path: Path) -> Iterator[Start
     def begin() -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-m", "isthmus_worker", "run", "--config", str(config)]
-        running.append(subprocess.Popen(command, stderr=(tmp_path / "log").open("ab"), env=environment))
+        with (tmp_path / "log").open("ab") as heard:
+            running.append(subprocess.Popen(command, stderr=heard, env=environment))
         return running[-1]
 
     yield begin

@@ -8,6 +8,7 @@ take part.
 """
 
 import hashlib
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,11 +31,12 @@ from isthmus.federation.cohort import (
     round_seed,
 )
 from isthmus.federation.rounds import cohort_seed, draw_round, number_after, pool_metrics, weight_of
+from isthmus.federation.secured import aggregate_sum
 from isthmus.federation.strategies import state_manifest, strategy_of
 from isthmus.privacy.keystream import KEY_BYTES
 from isthmus.wire.data import FeatureStatistics
 from isthmus.wire.jobs import JobSpec
-from isthmus.wire.manifest import Manifest, update_manifest
+from isthmus.wire.manifest import Manifest
 from isthmus.wire.privacy import NoisePlace
 from isthmus.wire.rounds import TaskKind, kind_of_round
 from isthmus_worker.data import Table
@@ -44,6 +46,7 @@ from isthmus_worker.simulation.pool import Pool, ProcessEnded, TaskFailed
 from isthmus_worker.simulation.privacy import Plans, plans_of, spent
 from isthmus_worker.simulation.records import RecordsRefused, prepare
 from isthmus_worker.simulation.regions import Layout, arrays_at
+from isthmus_worker.simulation.secured import require_hideable, shares_of, slot_manifest, sum_of
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -175,6 +178,8 @@ class _Conduct:
         if test is not None:
             require_disjoint(clients, test)
         slots = len(self._cohort(1))
+        if spec.secure_aggregation is not None:
+            require_hideable(self._keys, slots)
         manifest = self._manifest = _manifest_of_job(spec, initial)
         self._plans = plans_of(spec, self._rows, manifest)
         prepared = prepare(spec, [by_key[key] for key in self._keys], self._plans, test, pool.records)
@@ -186,7 +191,7 @@ class _Conduct:
         model_places = layout.add_all(manifest)
         pool.model.make_room(layout.size)
         layout = Layout()
-        slot_places = [layout.add_all(update_manifest(manifest)) for _ in range(slots)]
+        slot_places = [layout.add_all(slot_manifest(spec, manifest)) for _ in range(slots)]
         pool.slots.make_room(layout.size)
         self._model = arrays_at(pool.model.map(writable=True), model_places)
         updates = pool.slots.map(writable=False)
@@ -266,8 +271,15 @@ class _Conduct:
     def _train(self, number: int, cohort: Sequence[ParticipationKey]) -> dict[ParticipationKey, dict[str, float]]:
         """Every client's update into the slot that is its place in the cohort; what they measured."""
         slots = {key: slot for slot, key in enumerate(cohort)}
+        shares = dict(zip(cohort, shares_of(self._weights(cohort)), strict=True))
         orders = {
-            key: Train(client=self._places[key], round_number=number, seed=self._seed(number, key), slot=slots[key])
+            key: Train(
+                client=self._places[key],
+                round_number=number,
+                seed=self._seed(number, key),
+                slot=slots[key],
+                weight_share=shares[key],
+            )
             for key in self._busiest
             if key in slots
         }
@@ -296,11 +308,25 @@ class _Conduct:
         states = state_manifest(strategy, self._manifest)
         state_sink = MemorySink(states.tensors) if states is not None else None
         updates = self._updates[: len(cohort)]
-        weights = [weight_of(self._spec.strategy, self._rows[key]) for key in cohort]
+        weights = self._weights(cohort)
         privacy, model = self._spec.privacy, MemorySource(self._model)
         plan = self._plans[cohort[0]]
         try:
-            if privacy.where is NoisePlace.CENTRAL and plan is not None:  # the same for all: rows have no part in it
+            if self._spec.secure_aggregation is not None:
+                shares, elements = shares_of(weights), self._manifest.averaged_elements
+                aggregate_sum(
+                    self._manifest,
+                    model,
+                    sum_of(updates, self._spec, plan, elements, shares),
+                    self._spec,
+                    plan,
+                    math.fsum(shares),
+                    strategy,
+                    sink=self._next,
+                    state=self._state,
+                    state_sink=state_sink,
+                )
+            elif privacy.where is NoisePlace.CENTRAL and plan is not None:  # the same for all: rows have no part in it
                 aggregate_noised(
                     self._manifest,
                     model,
@@ -330,6 +356,9 @@ class _Conduct:
             self._model[name][...] = array
         self._state = MemorySource(state_sink.arrays) if state_sink is not None else None
         self._digest = _digest_of(self._model)
+
+    def _weights(self, cohort: Sequence[ParticipationKey]) -> list[float]:
+        return [weight_of(self._spec.strategy, self._rows[key]) for key in cohort]
 
     def _measure_test(self, number: int) -> dict[str, float]:
         assert self._spec.seed is not None, "it was given one"

@@ -59,6 +59,8 @@ class Train(_Message):
     round_number: int
     seed: str
     slot: int
+    weight_share: float = 1.0
+    """Its weight over the largest of the cohort: what its whole numbers are counted by, in a secured job."""
 
 
 class Evaluate(_Message):

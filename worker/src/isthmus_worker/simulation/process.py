@@ -14,12 +14,18 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
+from numpy.typing import NDArray
 from torch import nn
 
+from isthmus.federation.secured import quantise
 from isthmus.torch import build, draw_initial, load_arrays
+from isthmus.wire.jobs import JobSpec
+from isthmus.wire.privacy import PrivacyPlan
+from isthmus.wire.secured import MASKED
 from isthmus_worker.determinism import settle
 from isthmus_worker.features import Examples
 from isthmus_worker.modules import module_of
@@ -39,7 +45,7 @@ from isthmus_worker.simulation.messages import (
     Train,
 )
 from isthmus_worker.simulation.regions import Region, array_at, arrays_at
-from isthmus_worker.work import holdout_measures, local_update
+from isthmus_worker.work import Arrays, Leaving, holdout_measures, local_update
 
 
 class Bench:
@@ -86,6 +92,7 @@ class Bench:
                     round_number=order.round_number,
                     seed=order.seed,
                     tell=_to_nobody,
+                    leaving=_numbers_by(order.weight_share) if self._spec.secure_aggregation is not None else None,
                 )
                 for name, array in self._slots[order.slot].items():
                     array[...] = update[name]
@@ -114,6 +121,15 @@ class Bench:
             module.zero_grad(set_to_none=True)
         load_arrays(module, self._model)
         return module
+
+
+def _numbers_by(weight_share: float) -> Leaving:
+    """What is left of an update in a secured job: the whole numbers that a worker would mask."""
+
+    def numbers(update: Mapping[str, NDArray[Any]], spec: JobSpec, plan: PrivacyPlan | None) -> Arrays:
+        return {MASKED: quantise(update, spec, plan, weight_share)}
+
+    return numbers
 
 
 def _to_nobody(_progress: float) -> None:
