@@ -40,7 +40,7 @@ budget = {{ epsilon = 100.0, delta = 1e-5 }}
 [policy]
 principals = ["ada"]
 purposes = ["research"]
-modes = ["none", "record", "organization-central", "organization-local"]
+modes = ["none", "record", "organization-central", "organization-local", "organization-distributed"]
 allow_exact_metrics = true
 allow_exact_statistics = true
 {more}
@@ -52,7 +52,7 @@ allow_exact_statistics = true
 POLICY = UsePolicy(
     principals=("ada",),
     purposes=("research",),
-    modes=(PrivacyMode.NONE, PrivacyMode.RECORD, PrivacyMode.CENTRAL, PrivacyMode.LOCAL),
+    modes=tuple(PrivacyMode),
     budget=Budget(epsilon=LARGEST_EPSILON),
     allow_exact_metrics=True,
     allow_exact_statistics=True,

@@ -19,7 +19,9 @@ from app.settings import Settings
 from isthmus.codec import arrays
 from isthmus.wire.jobs import JobState
 from isthmus.wire.rounds import RoundPhase
+from isthmus.wire.secured import Step
 from tests.federation import Federation, filled, job_spec
+from tests.secured import Masking, enter, go, secured_spec
 from tests.standing import Wire, update_headers
 
 ADMISSION = 5
@@ -32,6 +34,15 @@ CLOSING = 9
 """An acceptance; the order of its set and the numbers in it; two events cost no more than one."""
 AGGREGATION = 12
 """Two to read; job and round, clock; three to publish; candidates; round, tasks; NOTIFY; two events in one."""
+
+MESSAGE = 4
+"""Under secure aggregation. The key; task, attempt and member, locked; how it stands; the message."""
+KEYS_MESSAGE = MESSAGE + 1
+"""And whether somebody else has these keys."""
+ANSWER = 2
+"""Where the attempt stands; the answer, cut out in Postgres."""
+MASKED_ADMISSION = ADMISSION + 2
+"""And the member, locked; its digest."""
 
 
 class Statements(list[str]):
@@ -174,3 +185,95 @@ def test_a_cohort_twice_as_large_costs_no_more_statements_to_close_and_open(
     federation.add(3)
 
     assert cost() == three
+
+
+# --- Secured rounds ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [4, 7])
+def test_a_message_and_its_answer_whatever_the_number_of_members(
+    make_federation: Callable[..., Federation], count: int
+) -> None:
+    federation = make_federation(sites=count, coordinate=False)
+    federation.start(secured_spec())
+    members = enter(federation.sites)
+    federation.platform.execute("UPDATE api_keys SET last_used_at = clock_timestamp() + interval '1 hour'")
+    for step in (Step.KEYS, Step.SHARES, Step.UPDATE, Step.SURVIVORS):
+        if step is Step.UPDATE:
+            for member in members:
+                member.upload()
+        else:
+            message = members[0].message(step)
+            with counted() as sending:
+                assert members[0].exchange(step, message) is None
+            sending.at_most(KEYS_MESSAGE if step is Step.KEYS else MESSAGE)
+            with counted() as again:
+                assert members[0].exchange(step, message) is None
+            again.at_most(2)  # the key; task, attempt and member
+            for member in members[1:]:
+                member.exchange(step)
+        message = members[0].message(step)
+        with counted() as answering:
+            assert members[0].exchange(step, message) is not None
+        answering.at_most(2 + (ANSWER if step is not Step.UPDATE else ANSWER - 1))
+        for member in members[1:]:
+            member.exchange(step)
+
+
+def test_a_step_costs_no_more_statements_to_close_for_twice_as_many_members(
+    make_federation: Callable[..., Federation],
+) -> None:
+    federation = make_federation(coordinate=False)
+
+    def cost() -> list[int]:
+        job = federation.start(secured_spec())
+        members = enter(federation.sites)
+        federation.platform.execute("UPDATE api_keys SET last_used_at = clock_timestamp() + interval '1 hour'")
+        found = []
+        for step in tuple(Step):
+            for member in members[:-1]:
+                last(member, step)
+            with counted() as statements:
+                last(members[-1], step)
+            found.append(len(statements))
+            if step is not Step.UNMASK:
+                for member in members:
+                    assert member.exchange(step, member.sent.get(step)) is not None
+        of = federation.researcher.jobs.round(job.id, 1).id
+        found.append(len(aggregated(federation, of)))
+        assert federation.job(job).state is JobState.COMPLETED, federation.job(job).detail
+        return found
+
+    def last(member: Masking, step: Step) -> None:
+        if step is Step.UPDATE:
+            member.upload()
+        elif federation.platform.execute(
+            "SELECT 1 FROM rounds WHERE phase IN ('collecting', 'survivors', 'unmasking')"
+        ):
+            member.exchange(step)
+
+    three = cost()
+    federation.add(3)
+
+    six = cost()
+    # Keys, shares; the last upload and the freeze; then enough have signed or told before the last does.
+    assert three[:3] == six[:3] == [12, 11, 22]
+    assert three[-1] == six[-1]
+
+
+def test_a_masked_update_from_its_admission_to_its_receipt(quiet: Federation) -> None:
+    quiet.start(secured_spec())
+    members = enter(quiet.sites)
+    go(members, through=Step.SHARES)
+    member, body = members[0], arrays.encode(members[0].masked())
+
+    with Wire(quiet, member.site.worker) as wire:
+        with counted() as admission:
+            wire.put(member.offer, {**update_headers(member.offer, body), "expect": "100-continue"})
+            assert "100" in wire.first_line()
+        with counted() as acceptance:
+            wire.send(body)
+            assert wire.answer().status_code == 200
+
+    admission.at_most(MASKED_ADMISSION)
+    acceptance.at_most(ACCEPTANCE + 1)  # the member

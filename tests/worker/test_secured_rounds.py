@@ -1,6 +1,7 @@
 """A real worker in secured rounds: from the keys to the shares, beside other work and in further attempts."""
 
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -378,6 +379,19 @@ def test_a_lost_lease_keeps_the_keys_for_the_next_offer_of_the_attempt(agent: Ag
 
     for step in (Step.KEYS, Step.SHARES):
         assert len(set(secured.messages(step))) == 1
+
+
+def test_the_secrets_of_an_attempt_that_nobody_offers_again_are_deleted_after_its_end(
+    agent: Agent, service: FakeService
+) -> None:
+    refusals = {Step.SHARES: ProblemCode.LEASE_LOST}
+    for hours in (0.9, 1.1):
+        secured = SecuredRound(identity_of(agent), number=1 if hours < 1 else 2, refusals=refusals)
+        offer = service.offer_secured(secured, closes_at=datetime.now(UTC) - timedelta(hours=hours))
+        finish(agent, service)
+        assert agent.step(1) is Outcome.IDLE
+
+        assert (agent.journal.sessions.find(session_key(offer)) is None) is (hours > 1)
 
 
 def test_one_key_set_masks_one_update(agent: Agent, service: FakeService) -> None:

@@ -352,7 +352,9 @@ def test_noise_that_does_not_fit_under_masks_is_refused_with_what_would_help(whe
         plan_of(few, 300, elements)
     planned(distributed_job(3, privacy=much), elements=1000)
     without = sample_spec(privacy=dict(few.privacy.model_dump(), where="local"), strategy=UNIFORM)
-    planned(without, elements=elements)  # without masks there is room, and the same search is not mistaken for it
+    planned(without, elements=elements)  # without masks there is room
+    with pytest.raises(PlanImpossible, match="32 bits"):
+        plan_of(few, 300, elements)  # and that plan, which is kept, is not taken for this one
     plan = planned(distributed_job(3, privacy={"where": where}), elements=1000)
     louder = plan.model_copy(update={"noise_multiplier": 1e8})
     (told,) = plan_contradictions(distributed_job(3, privacy={"where": where}), louder, 1000)

@@ -77,3 +77,27 @@ def test_a_simulation_gives_the_checkpoints_statistics_and_measures_of_a_real_ru
             if one.kind is not TaskKind.STATISTICS:
                 assert one.metrics == view.metrics
                 assert list(one.sites.values()) == [update.metrics for update in view.updates]
+
+
+@pytest.mark.parametrize("weights", ["declared", "uniform"])
+def test_a_simulated_secured_job_gives_the_checkpoints_of_a_real_one(four: Island, weights: str) -> None:
+    """Masked and unmasked, or never masked at all: the whole numbers are the same."""
+    assert four.researcher is not None
+    spec = job_spec(
+        strategy={"fedavg": {"weights": weights}},
+        privacy={"unit": "none", "clip_norm": 0.5},
+        secure_aggregation=True,
+        cohort={"min_updates": 3, "deadline_s": 60},
+        data={**job_spec().data.model_dump(), "standardize": "none",
+              "features": ["age", {"name": "sex", "categories": ["Female", "Male"]}]},
+        model={"layers": [{"linear": {"in": 3, "out": 2}}]},
+        evaluation={"holdout": 0.2, "release": "local"},
+    )  # fmt: skip
+    job = four.finish(four.submit(spec))
+    assert job.state is JobState.COMPLETED, job.detail
+
+    simulation = simulate(spec, clients_like(four), processes=2)
+
+    real = {view.round_number: view.digest for view in four.researcher.jobs.checkpoints(job.id)}
+    trained = [one for one in simulation.rounds if one.kind is TaskKind.TRAIN]
+    assert {one.number: one.model_digest for one in trained} == {n: real[n] for n in range(1, spec.rounds + 1)}

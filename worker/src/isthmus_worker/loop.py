@@ -182,6 +182,7 @@ class Agent:
             return offer
         if offer is None or isinstance(offer, NoWork):
             self._end_idle_child()
+            self._secured.tidy()
             return Outcome.IDLE
         began = time.monotonic()
         try:

@@ -156,6 +156,12 @@ class Sessions:
         """Those whose masked update is known, and not signed for."""
         return self._records("state = 'masked'")
 
+    def past(self, margin: timedelta) -> list[Record]:
+        """Those whose update the service never had, and whose attempt was to close longer ago than `margin`."""
+        latest = datetime.now(UTC) - margin
+        waiting = self._records("state IN ('keys', 'shares', 'shared') OR (state = 'masked' AND asked = 0)")
+        return [record for record in waiting if record.offer.closes_at < latest]
+
     def newest(self, participation_id: str) -> tuple[int, int, str] | None:
         """Round, attempt and round id of the last session of a participation, over or not."""
         row = self._connection.execute(

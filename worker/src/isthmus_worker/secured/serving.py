@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 from uuid import UUID
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 MOST_PARKED: Final = 8
 """So many secured tasks may wait for their others at a time; with more, the agent claims nothing until one goes on."""
+PAST: Final = timedelta(hours=1)
+"""So long after an attempt was to close, what the service never had of it is deleted; clocks may differ by that."""
 _LOOK_S: Final = 1.0
 
 
@@ -145,7 +148,7 @@ class SecuredTasks:
         record = sessions.find(session_key(offer))
         if record is None:
             record = sessions.begin(offer, _fresh_secrets())
-            self._tidy()
+            self.tidy()
         else:
             record = sessions.readdress(record.key, offer)
             log.info("same keys again", extra={"task": offer.task_id, "state": record.state})
@@ -182,7 +185,7 @@ class SecuredTasks:
     def settle(self) -> None:
         """Hand in what an earlier run may have handed in; then go on with all that the service has signed for."""
         sessions = self._host.journal.sessions
-        self._tidy()
+        self.tidy()
         for record in sessions.masked():
             if not record.asked:
                 continue
@@ -200,8 +203,11 @@ class SecuredTasks:
         for record in sessions.uploaded():
             self._start(record, None)
 
-    def _tidy(self) -> None:
-        """Delete masked updates that no session will send any more."""
+    def tidy(self) -> None:
+        """Delete secrets of attempts that were to close long ago, and masked updates that nobody will send any more."""
+        for record in self._host.journal.sessions.past(PAST):
+            if record.key not in self._open:
+                self._host.journal.sessions.end(record.key, "its round is over")
         wanted = {self._masked_path(record.key) for record in self._host.journal.sessions.masked()}
         for path in self._host.state.masked.iterdir():
             if path not in wanted:
