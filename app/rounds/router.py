@@ -316,7 +316,8 @@ async def exchange(
                 return Response(answer, media_type=SECAGG_MEDIA_TYPE)
             if parts.wakeups.closing:
                 break
-    return Response(status_code=202, headers={"Retry-After": "0" if wait >= 1 else "1"})
+    soon = wait >= 1 and not parts.wakeups.closing  # a caller that waits here is paced by its waiting
+    return Response(status_code=202, headers={"Retry-After": "0" if soon else "1"})
 
 
 async def _step_message(request: Request, step: Step) -> bytes:

@@ -124,7 +124,7 @@ def test_an_approval_for_more_rows_that_no_noise_covers_is_refused(make_federati
     with refused(ProblemCode.PRIVACY_IMPOSSIBLE) as refusals:
         _approve(federation, site)
     assert "The dataset has 10000 rows now" in refusals[0].detail
-    assert "raise epsilon or delta" in refusals[0].detail
+    assert "raise delta" in refusals[0].detail
 
     site.announce(rows=100)
     _approve(federation, site)

@@ -21,7 +21,7 @@ from rich.console import Console
 from tests.torture import dead_worker
 from tests.torture.driver import Driver, Outcome
 from tests.torture.ground import ground, keep_logs, note_logs
-from tests.torture.plans import LAYOUTS, Plan, draw, every_disturbance, every_point
+from tests.torture.plans import LAYOUTS, VARIANTS, Plan, draw, every_disturbance, every_point
 from tests.torture.postgres import own_postgres
 from tests.torture.report import costs, summary
 
@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plans", type=int, help="every point and disturbance once, then so many random plans")
     parser.add_argument("--random-only", action="store_true", help="with --plans: only the random ones")
     parser.add_argument("--dead-workers", action="store_true", help="only measure what dead workers cost a round")
-    parser.add_argument("--only", help="points and disturbances whose name holds this text, and no random plans")
+    parser.add_argument("--only", help="points and disturbances whose name holds this text, no random plans")
+    parser.add_argument("--variant", choices=VARIANTS, action="append", help="only those that are done to this job")
     parser.add_argument("--logs", type=Path, help="where the logs of failed plans go")
     given = parser.parse_args(arguments)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
@@ -50,8 +51,9 @@ def _plans(given: argparse.Namespace) -> list[Plan]:
     named = [*every_point(), *every_disturbance()]
     if given.dead_workers:
         return []
-    if given.only is not None:
-        return [plan for plan in named if given.only in plan.name]
+    if given.only is not None or given.variant is not None:
+        wanted, variants = given.only or "", given.variant or list(VARIANTS)
+        return [plan for plan in named if wanted in plan.name and plan.variant in variants]
     if given.plans is None:
         return [draw(given.seed)]
     drawn = [draw(seed) for seed in range(given.seed, given.seed + given.plans)]

@@ -262,8 +262,7 @@ def test_an_organization_with_another_key_than_before_ends_the_session(agent: Ag
     assert second.messages(Step.SHARES) == []
     assert len(agent.journal.peers.all("jena")) == 1
     entries = len(agent.journal.ledgers.entries(LINEAGE))
-    assert "jena is in the roster with the key" in service.refused[0]
-    assert "which is not the one that this worker has pinned" in service.refused[0]
+    assert "jena is pinned to another identity at this worker" in service.refused[0]
     assert service.updates == {}
     assert entries == 1  # of the first round
 

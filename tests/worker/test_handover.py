@@ -20,9 +20,11 @@ from isthmus_worker.handover import Document, HandoverRefused, SignedDocument, g
 from isthmus_worker.journal import Journal
 from isthmus_worker.ledger import Account, LedgerDamaged, charge_for, hash_of
 from isthmus_worker.lineage import LineageRefused
+from isthmus_worker.secured.records import session_key
 from isthmus_worker.settings import CsvSettings, DatasetSettings
 from isthmus_worker.state import StateDir
 from tests.worker.factories import DATASET, ORGANIZATION, make_offer, make_record_spec, write_patients
+from tests.worker.secured_round import SecuredRound
 
 SPEC = make_record_spec()
 
@@ -354,3 +356,17 @@ def test_a_taking_over_that_breaks_off_leaves_nothing_behind(
     assert (new.journal.ledgers.lineages(), new.journal.lineages.find(DATASET)) == ([], None)
     monkeypatch.undo()
     new.receive(text, old.key)
+
+
+def test_a_dataset_that_is_handed_on_leaves_no_secrets_of_secured_rounds_behind(tmp_path: Path) -> None:
+    giver, taker = Ward.at(tmp_path / "giver"), Ward.at(tmp_path / "taker")
+    giver.serve()
+    offer = SecuredRound(bytes(32)).offer()
+    giver.journal.sessions.begin(offer, b"s" * 128)
+    elsewhere = offer.model_copy(update={"dataset": "others", "participation_id": UUID(int=9)})
+    giver.journal.sessions.begin(elsewhere, b"t" * 128)
+
+    giver.give(taker.key)
+
+    assert giver.journal.sessions.find(session_key(offer)) is None
+    assert giver.journal.sessions.find(session_key(elsewhere)) is not None

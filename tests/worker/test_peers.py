@@ -48,7 +48,7 @@ def test_the_first_key_of_an_organization_is_pinned_and_another_is_refused(journ
     assert peers.pin([member("jena", SECOND)]) == []
     assert peers.objections([member("jena", FIRST), member("lyon", SECOND)], trusted_only=False) == []
     (found,) = peers.objections([member("jena", SECOND), member("lyon", SECOND)], trusted_only=False)
-    assert found.startswith("jena is in the roster with the key 2b2b")
+    assert found.startswith("jena is pinned to another identity at this worker: the roster has the key 2b2b")
 
 
 def test_pinned_is_not_trusted(journal: Journal) -> None:

@@ -1,7 +1,9 @@
 """A worker that is killed in the middle of a secured round goes on with the same bytes, or not at all."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from isthmus.wire.secured import Step
 from isthmus_worker.journal import key_of
 from isthmus_worker.loop import Agent, Outcome
 from isthmus_worker.secured.records import SessionState, session_key
+from isthmus_worker.trainer import Trainer
 from tests.worker.factories import DISTRIBUTED, LINEAGE, make_secured_spec
 from tests.worker.fake_service import FakeService
 from tests.worker.secured_round import SecuredRound
-from tests.worker.stepping import finish, identity_of, reborn, until
+from tests.worker.stepping import LONG_S, finish, identity_of, reborn, until
 
 
 @contextmanager
@@ -194,3 +197,26 @@ def test_a_second_set_of_survivors_after_a_restart_is_never_signed(agent: Agent,
         assert len(secured.messages(Step.UPDATE)) == asked
         assert len(set(secured.messages(Step.SURVIVORS))) == 1
         assert secured.messages(Step.UNMASK) == []
+
+
+def test_a_session_goes_on_while_the_worker_reads_its_datasets_at_the_start(agent: Agent, service: FakeService) -> None:
+    secured = SecuredRound(identity_of(agent))
+    secured.refusals[Step.UPDATE] = ProblemCode.NOT_READY
+    service.offer_secured(secured)
+    until(agent, lambda: bool(secured.messages(Step.UPDATE)))
+    secured.refusals.clear()
+
+    with next_start(agent) as again:
+        again.trainer = Trainer(again.settings.resources, again.state.scratch)
+        describe = again.trainer.describe
+
+        def slow(*given: Any) -> Any:
+            ends = time.monotonic() + LONG_S
+            while secured.total is None and time.monotonic() < ends:
+                found = describe(*given)
+            return found
+
+        again.trainer.describe = slow  # type: ignore[method-assign]
+        again.announce()
+
+        assert secured.total is not None

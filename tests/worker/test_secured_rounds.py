@@ -110,22 +110,24 @@ def test_with_members_that_left_the_sum_is_that_of_the_others(agent: Agent, serv
 def test_keys_and_shares_travel_while_the_worker_trains(
     agent: Agent, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    secured = SecuredRound(identity_of(agent))
-    service.offer_secured(secured)
-    work, came = agent.trainer.work, threading.Event()
+    secured = SecuredRound(identity_of(agent), held={Step.KEYS})
+    key = session_key(service.offer_secured(secured))
+    work, states = agent.trainer.work, list[SessionState]()
 
     def slow(order: Any, on_alive: Any, cancelled: Any) -> Any:
-        done = work(order, on_alive, cancelled)
-        until(agent, lambda: bool(secured.messages(Step.SHARES)), cancelled)
-        came.set()
-        return done
+        states.append(agent.journal.sessions.get(key).state)
+        secured.held.clear()
+        until(agent, lambda: agent.journal.sessions.get(key).state is SessionState.SHARED, cancelled)
+        states.append(SessionState.SHARED)
+        return work(order, on_alive, cancelled)
 
     monkeypatch.setattr(agent.trainer, "work", slow)
 
-    finish(agent, service)
+    assert agent.step() is Outcome.SUBMITTED  # it was never parked
 
-    assert came.is_set()
-    assert service.updates
+    assert states == [SessionState.KEYS, SessionState.SHARED]
+    finish(agent, service)
+    assert secured.total is not None
 
 
 def test_a_secured_task_that_waits_leaves_room_for_others_and_says_that_it_is_held(

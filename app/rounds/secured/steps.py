@@ -62,7 +62,7 @@ class Taken:
 
     round_id: UUID
     closed: bool
-    """Whether its step has closed, so that there is an answer."""
+    """Whether its step has closed, or the attempt is over: it is worth while to look for the answer."""
 
 
 async def take_message(
@@ -103,7 +103,9 @@ async def take_message(
     await session.flush()
     if not _closed(attempt, step):
         standing = await read_standing(session, held.job, held.of, attempt)
-        await settle_standing(session, queue, held.job, held.of, attempt, standing.state, standing.now)
+        event = await settle_standing(session, queue, held.job, held.of, attempt, standing.state, standing.now)
+        if event is not None:
+            return Taken(held.of.id, closed=True)
     return Taken(held.of.id, _answered(attempt, step))
 
 

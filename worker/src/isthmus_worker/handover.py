@@ -247,6 +247,7 @@ def _require_settled(journal: Journal, lineage: str, dataset: str, configured: C
             "Start the agent, so that it settles that with the service, then stop it and try again."
         )
     journal.give_up_prepared(names, "its dataset was handed on")
+    journal.sessions.end_of(names, "its dataset was handed on")
 
 
 def _document(

@@ -71,8 +71,8 @@ class Peers:
                 )
             else:
                 found.append(
-                    f"{member.organization} is in the roster with the key {key[:16]}..., which is not the one that "
-                    f"this worker has pinned ({known[0].public_key[:16]}...)."
+                    f"{member.organization} is pinned to another identity at this worker: the roster has the key "
+                    f"{key[:16]}..., pinned is {known[0].public_key[:16]}..."
                 )
         return found
 

@@ -14,7 +14,7 @@ which set of survivors.
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -233,6 +233,12 @@ class Sessions:
         """End all sessions of a participation before this attempt of this round: a later one is on."""
         where = "participation_id = ? AND (round_number < ? OR (round_number = ? AND attempt < ?))"
         self._end(where, (participation_id, round_number, round_number, attempt), "a later attempt is on")
+
+    def end_of(self, datasets: Collection[str], note: str) -> None:
+        """End all sessions of some datasets."""
+        for record in self._records("TRUE"):
+            if record.offer.dataset in datasets:
+                self.end(record.key, note)
 
     def end_stale(self, age: timedelta) -> None:
         """End what began longer ago than `age`: nobody will ask for it any more."""
