@@ -159,7 +159,9 @@ def test_who_gives_its_task_up_is_not_waited_for(make_federation: MakeFederation
 
     assert federation.finish(job).state is JobState.COMPLETED
     assert_published(federation, job, stay)
+    assert stay[0].keyed is not None
     assert stay[0].shared is not None
+    assert (1 in stay[0].keyed.advertisements) == (step is not Step.KEYS)
     assert (1 in stay[0].shared.indices) == (step is Step.UPDATE)
 
 

@@ -18,7 +18,7 @@ from isthmus.wire.version import FENCE_HEADER, SECAGG_MEDIA_TYPE
 from tests.federation import Federation, filled, job_spec
 from tests.running import missing_id, refused
 from tests.secured import STEPS, Masking, assert_published, enter, go, pass_step, secured_spec, take
-from tests.standing import assert_problem, put_update
+from tests.standing import Wire, assert_problem, put_update, update_headers
 
 MakeFederation = Callable[..., Federation]
 WITH_A_MESSAGE = tuple(step for step in STEPS if step is not Step.UPDATE)
@@ -294,6 +294,10 @@ def test_a_masked_update_of_who_was_left_behind_is_refused(four: Federation) -> 
         members[3].site.hand_in(members[3].offer, {MASKED: np.zeros(6, np.uint32)})
 
     assert "shares" in refusals[0].detail
+    # And by the attempt alone, whatever its task says:
+    four.platform.execute("UPDATE tasks SET state = 'claimed' WHERE id = %s", [members[3].offer.task_id])
+    with refused(ProblemCode.STEP_CLOSED):
+        members[3].site.hand_in(members[3].offer, {MASKED: np.zeros(6, np.uint32)})
 
 
 def test_another_vector_under_the_same_keys_is_refused(four: Federation) -> None:
@@ -301,12 +305,17 @@ def test_another_vector_under_the_same_keys_is_refused(four: Federation) -> None
     four.start(secured_spec())
     members = enter(four.sites)
     go(members, through=Step.SHARES)
-    members[0].upload()
+    body = arrays.encode(members[0].masked())
     again = members[0].masked()
     again[MASKED] = again[MASKED] + np.uint32(1)
+    with Wire(four, members[0].site.worker) as wire:  # admitted, and then cut off
+        wire.put(members[0].offer, {**update_headers(members[0].offer, body), "expect": "100-continue"})
+        assert "100" in wire.first_line()
 
-    with refused(ProblemCode.UPDATE_CONFLICT):
-        members[0].site.hand_in(members[0].offer, again)
+    for _ in range(2):
+        with refused(ProblemCode.UPDATE_CONFLICT):
+            members[0].site.hand_in(members[0].offer, again)
+        members[0].upload()
 
     assert members[0].upload().digest == hashlib.sha256(arrays.encode(members[0].masked())).hexdigest()
 

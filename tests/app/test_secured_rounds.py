@@ -1,10 +1,14 @@
 """Secured rounds from the first key to the published sum: who is in it, who may drop out when, and what is left."""
 
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
+from app.rounds import aggregation
+from app.rounds.secured import unmasking
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobState, JobView
 from isthmus.wire.problems import ProblemCode
@@ -247,3 +251,30 @@ def test_a_cohort_too_large_to_hide_is_refused_at_the_start(
         federation.start(secured_spec())
 
     assert "would ask 3 participations" in refusals[0].detail
+
+
+def test_how_far_the_unmasking_has_come_is_seen_while_it_lasts(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, write_sum = threading.Event(), aggregation.write_sum
+
+    def halfway(*arguments: Any, progress: Callable[[float], None], **named: Any) -> None:
+        progress(0.5)
+        assert go_on.wait(20)
+        write_sum(*arguments, progress=progress, **named)
+
+    monkeypatch.setattr(unmasking, "NOTED_EVERY_S", 0.01)
+    monkeypatch.setattr(aggregation, "write_sum", halfway)
+    job = federation.start(secured_spec())
+    members = enter(federation.sites)
+    go(members)
+    try:
+        federation.until(lambda: view_of(federation, job).progress == 0.5)
+        seen = view_of(federation, job)
+        assert (seen.step, seen.arrived, seen.missing, seen.dropped) == (Step.UNMASK, 3, [], [])
+        assert federation.researcher.jobs.round(job.id, 1).phase is RoundPhase.AGGREGATING
+    finally:
+        go_on.set()
+
+    assert federation.finish(job).state is JobState.COMPLETED
+    assert_published(federation, job, members)

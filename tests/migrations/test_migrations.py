@@ -192,6 +192,41 @@ def test_a_policy_that_was_reset_is_nobody_s(old_database: str) -> None:
         assert connection.execute("SELECT policy::text, policy_set_by FROM datasets").fetchall() == [("{}", None)]
 
 
+BEFORE_SECURE_AGGREGATION = "2026_11_23_account_for_privacy"
+
+
+def test_going_back_ends_jobs_under_secure_aggregation_and_leaves_the_others(old_database: str) -> None:
+    migrate(old_database)
+    spec = job_spec().model_dump(mode="json")
+    secured = {**spec, "secure_aggregation": {"clip_norm": 1.0, "max_colluding": 0, "step_s": 60.0}}
+    with psycopg.connect(old_database) as connection:
+        plain_id, secured_id = insert_job(connection, "running", spec), insert_job(connection, "running", secured)
+        for job_id, phase in ((plain_id, "collecting"), (secured_id, "unmasking")):
+            connection.execute(
+                "INSERT INTO rounds (id, job_id, number, kind, phase, attempt, attempts, cohort_seed, cohort_size,"
+                " target_updates, min_updates, accepted, model_digest, metrics, opened_at, closes_at, grace_s)"
+                " VALUES (%s, %s, 1, 'train', %s, 1, 3, %s, 3, 3, 3, 0, %s, '{}', now(), now(), 5)",
+                [uuid4(), job_id, phase, SHA, SHA],
+            )
+        with pytest.raises(psycopg.errors.UniqueViolation), connection.transaction():
+            connection.execute(
+                "UPDATE rounds SET number = 2, phase = 'survivors', job_id = %s WHERE phase = 'collecting'",
+                [secured_id],
+            )
+
+    command.downgrade(alembic_config(old_database), BEFORE_SECURE_AGGREGATION)
+
+    with psycopg.connect(old_database) as connection:
+        rows = connection.execute(
+            "SELECT j.id, j.state, r.phase, j.spec::jsonb ? 'secure_aggregation' FROM jobs j JOIN rounds r"
+            " ON r.job_id = j.id"
+        ).fetchall()
+    assert {row[0]: row[1:] for row in rows} == {
+        plain_id: ("running", "collecting", False),
+        secured_id: ("failed", "cancelled", False),
+    }
+
+
 def test_there_is_one_head(empty_database_url: str) -> None:
     assert len(ScriptDirectory.from_config(alembic_config(empty_database_url)).get_heads()) == 1
 

@@ -1,6 +1,6 @@
 """A real worker in secured rounds: from the keys to the shares, beside other work and in further attempts."""
 
-import threading
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,7 @@ def test_a_session_that_has_handed_in_is_not_held_any_more_and_is_not_in_the_way
 
     until(agent, lambda: len(service.updates) == 2)
 
+    time.sleep(0.5)  # five heartbeats of a task that is held
     assert len(service.heartbeats) <= beats + 1
     assert service.holding[-1] == []
     secured.held.clear()
