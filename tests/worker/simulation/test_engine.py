@@ -365,7 +365,9 @@ def test_a_process_that_is_killed_ends_the_simulation_with_a_sentence() -> None:
 # --- Processes -------------------------------------------------------------------------------------------------------
 
 ENDLESS = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore it
 from isthmus_worker.simulation.clients import Client
 from isthmus_worker.simulation.engine import simulate
 from tests.worker.simulation.cases import job_spec, points, some_clients
@@ -425,8 +427,6 @@ def test_nothing_is_left_behind_however_it_is_ended(how: signal.Signals, tmp_pat
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        # A shell has what it runs in the background ignore SIGINT, and that is inherited: also by us, perhaps.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     children = set[int]()

@@ -84,7 +84,7 @@ def policy_objections(policy: UsePolicy, spec: JobSpec, *, principal: str, plan:
     `principal` is the name of the researcher who asks. `plan` is what the job's privacy section becomes at the dataset
     (`isthmus.privacy.planning.plan_of`); None for a job without a privacy unit.
     """
-    found, privacy = [], spec.privacy
+    found, privacy, bound = [], spec.privacy, spec.update_bound
     if not allows(policy.purposes, spec.purpose):
         allowed = ", ".join(policy.purposes) or "none yet"
         found.append(f"purposes: {spec.purpose!r} is not allowed (allowed: {allowed}).")
@@ -98,8 +98,8 @@ def policy_objections(policy: UsePolicy, spec: JobSpec, *, principal: str, plan:
         found.append(f"modes: privacy {privacy.mode.value!r} is not allowed (allowed: {modes}).")
     if privacy.unit is not PrivacyUnit.NONE:
         found += _claim_objections(policy, plan)
-    elif policy.max_clip_norm is not None and (privacy.clip_norm is None or privacy.clip_norm > policy.max_clip_norm):
-        has = "unbounded" if privacy.clip_norm is None else f"{privacy.clip_norm:g}"
+    elif policy.max_clip_norm is not None and (bound is None or bound > policy.max_clip_norm):
+        has = "unbounded" if bound is None else f"{bound:g}"
         found.append(f"max_clip_norm: the job's clip norm is {has}; at most {policy.max_clip_norm:g} passes.")
     if spec.cohort.min_updates < policy.min_cohort:
         found.append(
