@@ -55,6 +55,7 @@ class Cohort:
             round_id=UUID(int=1),
             spec_digest=digest,
             model_digest=digest,
+            terms_digest=digest,
             roster_digest=digest,
             round_number=1,
             attempt=1,

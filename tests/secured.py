@@ -32,7 +32,7 @@ from isthmus.secagg.context import context_of
 from isthmus.secagg.masks import add_masks
 from isthmus.wire.jobs import JobSpec, JobView
 from isthmus.wire.rounds import TaskOffer, UpdateReceipt
-from isthmus.wire.secured import MASKED, SecuredRound, Step
+from isthmus.wire.secured import MASKED, SecuredRound, Step, terms_digest
 from tests.federation import Arrays, Federation, Site, filled, job_spec
 
 CLIPPED: dict[str, Any] = {"unit": "none", "clip_norm": 1.0}
@@ -66,6 +66,7 @@ class Masking:
             round_id=offer.secured.round_id,
             spec_digest=offer.spec_digest,
             model_digest=offer.model.digest,
+            terms_digest=terms_digest(offer.model_manifest, offer.statistics, offer.plan),
             roster_digest=offer.secured.roster_digest,
             round_number=offer.round_number,
             attempt=offer.attempt,

@@ -39,6 +39,7 @@ class RoundEvent(StrEnum):
     SURVIVORS_SIGNED = "survivors-signed"
     UNMASKED = "unmasked"
     SHARES_WRONG = "shares-wrong"
+    ROSTER_SHRUNK = "roster-shrunk"
     ATTEMPT_ABORTED = "attempt-aborted"
     AGGREGATE_STORED = "aggregate-stored"
     AGGREGATE_REJECTED = "aggregate-rejected"
@@ -70,6 +71,7 @@ ROUND_TRANSITIONS: Final[Mapping[tuple[RoundPhase, RoundEvent], RoundPhase]] = M
         (RoundPhase.COLLECTING, RoundEvent.KEYS_CLOSED): RoundPhase.COLLECTING,
         (RoundPhase.COLLECTING, RoundEvent.SHARES_CLOSED): RoundPhase.COLLECTING,
         (RoundPhase.COLLECTING, RoundEvent.SURVIVORS_FIXED): RoundPhase.SURVIVORS,
+        (RoundPhase.COLLECTING, RoundEvent.ROSTER_SHRUNK): RoundPhase.COLLECTING,  # attempt + 1, with fewer
         (RoundPhase.COLLECTING, RoundEvent.ATTEMPT_ABORTED): RoundPhase.COLLECTING,  # attempt + 1, keeps nothing
         (RoundPhase.SURVIVORS, RoundEvent.SURVIVORS_SIGNED): RoundPhase.UNMASKING,
         (RoundPhase.SURVIVORS, RoundEvent.ATTEMPT_ABORTED): RoundPhase.COLLECTING,
@@ -82,7 +84,7 @@ ROUND_TRANSITIONS: Final[Mapping[tuple[RoundPhase, RoundEvent], RoundPhase]] = M
         (RoundPhase.UNMASKING, RoundEvent.GRANTS_LACKING): RoundPhase.UNMASKING,
         (RoundPhase.UNMASKING, RoundEvent.ATTEMPTS_EXHAUSTED): RoundPhase.FAILED,
         (RoundPhase.UNMASKING, RoundEvent.JOB_CANCELLED): RoundPhase.CANCELLED,
-        (RoundPhase.AGGREGATING, RoundEvent.SHARES_WRONG): RoundPhase.UNMASKING,  # one more answer is needed
+        (RoundPhase.AGGREGATING, RoundEvent.SHARES_WRONG): RoundPhase.UNMASKING,  # more answers are needed
         (RoundPhase.AGGREGATING, RoundEvent.AGGREGATE_STORED): RoundPhase.COMPLETED,
         (RoundPhase.AGGREGATING, RoundEvent.AGGREGATE_REJECTED): RoundPhase.FAILED,
         (RoundPhase.AGGREGATING, RoundEvent.JOB_CANCELLED): RoundPhase.CANCELLED,

@@ -3,7 +3,7 @@
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, Integer
+from sqlalchemy import CheckConstraint, ForeignKey, Index, Integer, String
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -15,7 +15,7 @@ class SecuredAttempt(Base):
     """Who was asked, which step is open, and who has got how far. Changed under the lock of the round alone.
 
     A new attempt replaces it; with the round's end it goes. Lists of members hold their indices, ascending; None until
-    the step that gives them has closed.
+    the step that gives them has closed. What outlives an attempt has names: organization/dataset.
     """
 
     __tablename__ = "secured_attempts"
@@ -33,11 +33,14 @@ class SecuredAttempt(Base):
     members: Mapped[int]
     threshold: Mapped[int]
     needed: Mapped[int]  # the threshold, or the job's minimum where that is more
-    target: Mapped[int]  # with so many the steps until the freeze close at once
+    target: Mapped[int]  # with so many the set is frozen at once
     step_closes_at: Mapped[datetime | None]  # None: the round's own deadline decides
     keyed: Mapped[list[int] | None] = mapped_column(ARRAY(Integer))
     shared: Mapped[list[int] | None] = mapped_column(ARRAY(Integer))
     survivors: Mapped[list[int] | None] = mapped_column(ARRAY(Integer))
     signed: Mapped[list[int] | None] = mapped_column(ARRAY(Integer))  # whose signatures opened unmasking
-    answers_needed: Mapped[int]  # to unmask; one more every time that those which are in do not fit together
+    answers_needed: Mapped[int]  # to unmask; two more every time that those which are in do not fit together
+    answers_tried: Mapped[int | None]  # so many did not fit together
+    suspects: Mapped[list[str] | None] = mapped_column(ARRAY(String))  # of wrong shares, in any attempt of the round
+    bound_to: Mapped[list[str] | None] = mapped_column(ARRAY(String))  # shares were told before, for the sum of these
     progress: Mapped[float | None]  # share of the sum that is unmasked

@@ -3,7 +3,6 @@
 import csv
 import math
 import sqlite3
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -296,32 +295,32 @@ def test_a_worker_killed_after_its_shares_goes_on_with_the_same_secrets_and_is_i
 # --- several jobs -----------------------------------------------------------------------------------------------------
 
 
-def test_jobs_that_wait_for_the_same_workers_do_not_wait_for_each_other(four: Ground) -> None:
-    """Whoever has claimed of one job first holds up the other nowhere, and a plain one goes on beside them."""
-    specs = [secured_job(name=f"secured-{number}", rounds=4, seed=f"{number}a" * 32) for number in (1, 2)]
-    specs.append(job_spec(name="plain", rounds=4))
-    jobs: list[JobView] = []
-    submitting = [threading.Thread(target=lambda spec=spec: jobs.append(four.submit(spec))) for spec in specs]
-    for thread in submitting:
-        thread.start()
-    for thread in submitting:
-        thread.join()
-    for job in [complete(four, job) for job in jobs]:
-        assert told(four, job, "attempt-aborted") == []
-        assert wrong_after(four, job) == []
-    one, other = (times_of(four, job) for job in jobs if job.name != "plain")
-    assert max(one[0], other[0]) < min(one[1], other[1]), "they were under way at the same time"
+def test_jobs_whose_tasks_were_claimed_in_opposite_order_do_not_wait_for_each_other(four: Ground) -> None:
+    """Three workers are at the first job and one begins with the second; each job needs all four. A third is plain."""
+    needs_all = {"min_updates": 4, "deadline_s": 300}
+    with orders(four):
+        four.give("clinic-1", "task-in-hand", 1, "kill")
+        jobs = [four.submit(secured_job(name="first", cohort=needs_all))]
+        until(lambda: not four.programs["clinic-1"].runs, "one has claimed of the first job, and lost it")
+        jobs.append(four.submit(secured_job(name="second", cohort=needs_all)))
+        until(lambda: offered_to(four, "clinic-1") == ["second", "first"], "it will be asked for the second before")
+        four.programs["clinic-1"].start()
+        jobs.append(four.submit(job_spec(name="plain")))
+        for job in [complete(four, job) for job in jobs]:
+            assert told(four, job, "attempt-aborted") == []
+            assert wrong_after(four, job) == []
 
 
-def times_of(opened: Ground, job: JobView) -> tuple[Any, Any]:
-    """When the job's first training round was opened, and its last one completed."""
+def offered_to(opened: Ground, organization: str) -> list[str]:
+    """The jobs of the tasks that are on offer to an organization's worker, in the order in which it is given them."""
     with opened.record() as record:
-        (row,) = record.rows(
-            "SELECT min(opened_at) AS opened, max(completed_at) AS completed FROM rounds"
-            " WHERE job_id = %s AND kind = 'train'",
-            job.id,
+        rows = record.rows(
+            "SELECT j.name FROM tasks t JOIN jobs j ON j.id = t.job_id"
+            " JOIN participations p ON p.id = t.participation_id JOIN datasets d ON d.id = p.dataset_id JOIN organizations o ON o.id = d.organization_id"
+            " WHERE o.name = %s AND t.state = 'offered' ORDER BY t.offered_at, t.id",
+            organization,
         )
-    return row["opened"], row["completed"]
+    return [row["name"] for row in rows]
 
 
 # --- with a claim -----------------------------------------------------------------------------------------------------
@@ -383,8 +382,8 @@ def vector_at(state: Path, job: JobView) -> NDArray[np.uint32]:
     path = state / "journal.sqlite"
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=10)) as connection:
         (name,) = connection.execute(
-            "SELECT r.file FROM releases r JOIN participations p USING (participation_id)"
-            " WHERE p.job_id = ? AND r.kind = 'train' AND r.file IS NOT NULL",
+            "SELECT r.vector FROM releases r JOIN participations p USING (participation_id)"
+            " WHERE p.job_id = ? AND r.kind = 'train' AND r.vector IS NOT NULL",
             [str(job.id)],
         ).fetchone()
     found: NDArray[np.uint32] = arrays.read(state / "releases" / name)["vector"]

@@ -91,6 +91,7 @@ def test_a_policy_grants_by_rule_and_the_grant_says_so(federation: Federation) -
         ({"max_rounds": 2}, "max_rounds"),
         ({"allow_exact_metrics": False}, "allow_exact_metrics"),
         ({"allow_exact_statistics": False}, "allow_exact_statistics"),
+        ({"require_secure_aggregation": True}, "require_secure_aggregation"),
     ],
 )
 def test_a_policy_that_refuses_names_its_clause_and_the_others_go_on(

@@ -32,6 +32,7 @@ NARROW = UsePolicy(
     max_clip_norm=1.0,
     min_cohort=3,
     max_rounds=50,
+    require_secure_aggregation=True,
 )
 
 
@@ -197,6 +198,7 @@ LOOSER = {
     "max_rounds": {"max_rounds": 51},
     "allow_exact_metrics": {"allow_exact_metrics": True},
     "allow_exact_statistics": {"allow_exact_statistics": True},
+    "require_secure_aggregation": {"require_secure_aggregation": False},
 }
 
 
@@ -234,6 +236,8 @@ IMPOSSIBLE: list[dict[str, Any]] = [
     {"purposes": None},
     {"min_cohort": 1},
     {"max_rounds": 0},
+    {"require_secure_aggregation": "sometimes"},
+    {"require_secure_aggregation": None},
     {"max_clip_norm": 0},
     {"max_clip_norm": float("inf")},
     {"min_noise_multiplier": 0.5},
@@ -306,10 +310,10 @@ def test_a_tighter_announcement_is_in_force_at_once(clinic: Clinic) -> None:
     dataset = clinic.confirmed(policy=LOOSEST)
     clinic.steward.datasets.set_policy(dataset.id, but(OPEN, max_rounds=10))
 
-    told = clinic.announce(policy=but(LOOSEST, max_epsilon=0.5, min_cohort=7))
+    told = clinic.announce(policy=but(LOOSEST, max_epsilon=0.5, min_cohort=7, require_secure_aggregation=True))
 
     assert told.state is DatasetState.CONFIRMED
-    assert told.policy == but(OPEN, max_rounds=10, max_epsilon=0.5, min_cohort=7)
+    assert told.policy == but(OPEN, max_rounds=10, max_epsilon=0.5, min_cohort=7, require_secure_aggregation=True)
 
 
 @pytest.mark.parametrize("set_by_steward", [False, True])

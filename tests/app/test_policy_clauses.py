@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from isthmus.wire.datasets import Budget
-from isthmus.wire.jobs import JobState
+from isthmus.wire.jobs import JobState, ParticipationState
 from isthmus.wire.privacy import PrivacyMode
 from isthmus.wire.problems import ProblemCode
 from tests.federation import BY_HAND, CENTRAL, LOCAL, OPEN, RECORD, UNIFORM, Federation, Site, job_spec
@@ -17,6 +17,9 @@ __all__ = ["_standing", "standing"]
 
 MakeFederation = Callable[..., Federation]
 DATA = job_spec().data.model_dump(mode="json")
+SECURED: dict[str, Any] = {
+    "privacy": {"unit": "none", "clip_norm": 1.0}, "secure_aggregation": True, "cohort": {"min_updates": 3},
+}  # fmt: skip
 WEAK: dict[str, Any] = {"unit": "record", "clip_norm": 1.0, "epsilon": 3.0}
 
 
@@ -87,6 +90,10 @@ CLAUSES = {
         "allow_exact_statistics: the job's data.standardize is 'federated'; 'none' would pass.",
         {"data": {**DATA, "standardize": "none"}},
     ),
+    "require_secure_aggregation": Clause(
+        {"require_secure_aggregation": True}, {"privacy": {"unit": "none", "clip_norm": 1.0}},
+        "require_secure_aggregation: the job has no secure aggregation; write secure_aggregation: true.", SECURED,
+    ),
 }  # fmt: skip
 
 
@@ -113,6 +120,24 @@ def test_a_clause_refuses_at_submission_and_what_it_says_would_pass_does(standin
         assert standing.start(job_spec(**clause.passes)).state is JobState.RUNNING
     finally:
         set_everywhere({})
+
+
+def test_an_approval_is_refused_once_secure_aggregation_is_required(make_federation: MakeFederation) -> None:
+    federation = make_federation(policy=BY_HAND, sites=3)
+    plain, secured = federation.start(), federation.start(job_spec(**SECURED))
+    site = federation.sites[0]
+    required = BY_HAND.model_copy(update={"require_secure_aggregation": True})
+    site.steward.datasets.set_policy(site.dataset.id, required)
+
+    with refused(ProblemCode.GRANT_REFUSED_BY_POLICY) as refusals:
+        _approve(federation, site, number=0)
+    assert "require_secure_aggregation: the job has no secure aggregation" in refusals[0].detail
+
+    _approve(federation, site, number=1)
+    states = [site.steward.participations.list(job_id=job.id) for job in (plain, secured)]
+    assert [[part.state for part in parts] for parts in states] == [
+        [ParticipationState.PENDING], [ParticipationState.APPROVED]
+    ]  # fmt: skip
 
 
 def test_an_approval_for_more_rows_that_no_noise_covers_is_refused(make_federation: MakeFederation) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import stat
 import subprocess
 import sys
@@ -391,13 +392,18 @@ def test_a_budget_begins_anew_only_on_demand(isthmus: Terminal, service: FakeSer
 def test_a_policy_changes_by_clauses_or_as_a_whole(isthmus: Terminal, service: FakeService, tmp_path: Path) -> None:
     service.answer("GET", "/v1/datasets", [sample_dataset()])
     service.answer("GET", "/v1/datasets/*", sample_dataset(policy=UsePolicy(purposes=("research",), min_cohort=5)))
-    service.answer("PUT", "/v1/datasets/*/policy", sample_dataset())
-    isthmus("dataset", "policy", "charite/heart")
+    required = sample_dataset(policy=UsePolicy(require_secure_aggregation=True))
+    service.answer("PUT", "/v1/datasets/*/policy", sample_dataset(), required)
+    assert re.search("secure aggregation +not required", isthmus("dataset", "policy", "charite/heart").out)
     assert service.requests[-1].method == "GET"
     isthmus("dataset", "policy", "heart", "--exact-metrics", "--approve-by-rule", "--researcher", "ada")
     sent = UsePolicy.model_validate(service.requests[-1].json())
+    assert not sent.require_secure_aggregation
     assert (sent.min_cohort, sent.allow_exact_metrics, sent.principals) == (5, True, ("ada",))
     assert sent.automatic_approval is not None
+    told = isthmus("dataset", "policy", "heart", "--require-secure-aggregation").out
+    assert re.search("secure aggregation +required", told)
+    assert service.requests[-1].json()["require_secure_aggregation"] is True
     path = tmp_path / "policy.yaml"
     path.write_text("purposes: [audit]\n")
     isthmus("dataset", "policy", "heart", "--file", str(path))

@@ -19,6 +19,7 @@ from isthmus.wire.datasets import (
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.models import ModelKind
 from isthmus.wire.privacy import PrivacyMode, PrivacyPlan, PrivacyUnit
+from isthmus.wire.secured import SecureAggregationSpec
 
 NAMES = st.sampled_from(["ada", "grace", "alan", "*"])
 LISTS = st.lists(NAMES, max_size=3, unique=True).map(tuple)
@@ -38,6 +39,7 @@ POLICIES = st.builds(
     max_rounds=st.integers(1, 5),
     allow_exact_metrics=st.booleans(),
     allow_exact_statistics=st.booleans(),
+    require_secure_aggregation=st.booleans(),
     automatic_approval=st.none() | st.just(AutomaticApproval()),
 )
 
@@ -102,6 +104,7 @@ JOBS = st.sampled_from(
         job(privacy={"unit": "none", "clip_norm": 1.0}, evaluation={"release": "local"}),
         job(purpose="alan", rounds=4, data=NUMBERS),
         job(privacy=RECORD),
+        job(privacy={"unit": "none", "clip_norm": 1.0}, secure_aggregation=True, evaluation={"release": "local"}),
         job(privacy={**RECORD, "delta": 1e-6}, cohort={"min_updates": 2}),
         job(model={"entry_point": "a.b:c"}, privacy=RECORD),
         job(
@@ -153,6 +156,26 @@ def test_the_default_policy_is_closed_and_no_announcement_refuses_any_job_less(p
         assert policy_objections(UsePolicy(), spec, principal="ada", plan=plan(spec, 0.1))
 
 
+@pytest.mark.parametrize("privacy", [RECORD, {"unit": "none", "clip_norm": 1.0}], ids=["record", "none"])
+def test_who_requires_secure_aggregation_is_asked_by_no_other_job_and_looser_is_only_to_require_it_no_more(
+    privacy: dict[str, Any],
+) -> None:
+    plain = job(privacy=privacy, evaluation={"release": "local"})
+    secured = plain.model_copy(update={"secure_aggregation": SecureAggregationSpec(clip_norm=5.0)})
+    required = LOOSEST.model_copy(update={"require_secure_aggregation": True})
+
+    def refuses(policy: UsePolicy, spec: JobSpec) -> list[str]:
+        return policy_objections(policy, spec, principal="ada", plan=plan(spec, 1.0))
+
+    assert refuses(required, plain) == [
+        "require_secure_aggregation: the job has no secure aggregation; write secure_aggregation: true."
+    ]
+    assert refuses(required, secured) == refuses(LOOSEST, plain) == refuses(LOOSEST, secured) == []
+    assert strictest(required, LOOSEST) == strictest(LOOSEST, required) == strictest(required, required) == required
+    assert loosened(LOOSEST, required) == []
+    assert loosened(required, LOOSEST) == ["require_secure_aggregation: the worker's own policy says True."]
+
+
 # --- What is signed ---------------------------------------------------------------------------------------------------
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, 123456, tzinfo=UTC)
@@ -177,6 +200,7 @@ OTHER_CLAUSES: dict[str, Any] = {
     "max_rounds": 10,
     "allow_exact_metrics": True,
     "allow_exact_statistics": True,
+    "require_secure_aggregation": True,
     "automatic_approval": AutomaticApproval(),
 }
 
@@ -204,6 +228,13 @@ def test_everything_else_of_an_announcement_is_under_the_signature(changes: dict
 
 def test_one_moment_is_signed_as_one_whatever_the_worker_s_time_zone() -> None:
     assert signed(signed_at=NOW.astimezone(timezone(timedelta(hours=9)))) == signed()
+
+
+def test_a_clause_that_came_later_is_under_the_signature_where_it_says_more_than_its_default() -> None:
+    required = signed(policy=UsePolicy(require_secure_aggregation=True))
+
+    assert b'"purposes":[],"require_secure_aggregation":true}' in required
+    assert required.replace(b',"require_secure_aggregation":true', b"") == signed()
 
 
 def test_the_signed_bytes_never_change() -> None:

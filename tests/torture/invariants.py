@@ -430,12 +430,12 @@ def _files(who: str, state: Path, releases: list[Row]) -> Iterator[str]:
     """Bytes that wait to be sent are what was noised; acknowledged ones are gone, but for a vector that is kept until a
     later round."""
     for row in releases:
-        if row["file"] is None:
+        if (name := row["file"] or row["vector"]) is None:
             continue
         if row["state"] == "discarded" or (row["state"] == "acknowledged" and not row["secured"]):
             yield f"{who}: round {row['round_number']} is {row['state']} and its bytes are still held"
             continue
-        path = state / "releases" / row["file"]
+        path = state / "releases" / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != row["digest"]:
             yield f"{who}: the bytes of round {row['round_number']} are not those of its row"
 
@@ -508,7 +508,7 @@ def _sessions(record: Record, job: Row, who: str, participation_id: str) -> Iter
         members = [row for row in _contributions(record, of["id"]) if row["position"] is not None]
         summed = [f"{row['organization']}/{row['dataset']}" for row in members]
         for one in sets:
-            if json.loads(one) != summed:
+            if [each["member"] for each in json.loads(one)["survivors"]] != summed:
                 yield f"{who}: shares of round {number} were told for another set than was summed"
 
 

@@ -310,13 +310,14 @@ BREAKS: dict[str, tuple[Break, str]] = {
         journal(
             "INSERT INTO sessions (participation_id, round_number, attempt, round_id, state, revealed_for, began_at)"
             " SELECT participation_id, 2, column1, 'x', 'over', column2, 'x' FROM releases,"
-            """ (VALUES (1, '["a/b"]'), (2, '["a/c"]')) WHERE round_number = 2""",
+            """ (VALUES (1, '{"survivors":[{"member":"a/b"}]}'), (2, '{"survivors":[{"member":"a/c"}]}'))"""
+            " WHERE round_number = 2",
             rows=2,
         ),
         "were told for two sets of survivors",
     ),
     "a worker told shares for another set than was summed": (
-        session("'over'", revealed_for="""'["clinic-00/patients"]'"""),
+        session("'over'", revealed_for="""'{"survivors":[{"member":"clinic-00/patients"}]}'"""),
         "were told for another set than was summed",
     ),
     "a worker masks two vectors with the same masks": (

@@ -23,7 +23,7 @@ from isthmus.wire.base import digest_of
 from isthmus.wire.jobs import JobSpec
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import TaskOffer
-from isthmus.wire.secured import MASKED, SecuredOffer, Step
+from isthmus.wire.secured import MASKED, SecuredOffer, Step, terms_digest
 from isthmus.wire.strategies import Weighting
 from tests.worker.factories import DATASET, ORGANIZATION, ROWS, make_offer, make_secured_spec
 
@@ -109,6 +109,7 @@ class SecuredRound:
             round_id=self.round_id,
             spec_digest=digest_of(self.spec),
             model_digest=self.base.model.digest,
+            terms_digest=terms_digest(self.base.model_manifest, self.base.statistics, self.base.plan),
             roster_digest=roster.digest(),
             round_number=self.number,
             attempt=self.attempt,

@@ -10,17 +10,28 @@ import pytest
 from isthmus.secagg import client, server
 from isthmus.secagg.messages import SEALED_BYTES
 from isthmus.secagg.roster import Member, Roster
-from isthmus.wire.manifest import DType, TensorSpec
+from isthmus.wire.manifest import AggregationRule, DType, Manifest, TensorSpec
 from isthmus.wire.secured import MASKED, SecuredOffer, Step
 from isthmus_worker.loop import Agent, Outcome
 from isthmus_worker.offers import contradictions
 from isthmus_worker.secured.records import session_key
-from tests.worker.factories import DATASET, LINEAGE, ORGANIZATION, ROWS, make_offer, make_secured_spec, make_spec
+from tests.worker.factories import (
+    DATASET,
+    DISTRIBUTED,
+    LINEAGE,
+    ORGANIZATION,
+    ROWS,
+    STATISTICS,
+    make_offer,
+    make_secured_spec,
+    make_spec,
+)
 from tests.worker.fake_service import FakeService
 from tests.worker.secured_round import KEYS, SecuredRound
 from tests.worker.stepping import finish, identity_of, until
 
 Lie = Callable[[SecuredRound, bytes], bytes]
+FAR_APART = STATISTICS.model_copy(update={"variance": [1e30] * len(STATISTICS.variance)})
 
 
 def assert_left_before_anything_left(agent: Agent, service: FakeService, secured: SecuredRound, sentence: str) -> None:
@@ -82,7 +93,26 @@ def _invented_keys(secured: SecuredRound, message: bytes) -> bytes:
 def _other_model(secured: SecuredRound, message: bytes) -> bytes:
     """The others were shown another model."""
     shown = secured.base.model.model_copy(update={"digest": "ab" * 32})
-    theirs = dataclasses.replace(secured, changes={"model": shown}).context
+    return _told_otherwise(secured, message, model=shown)
+
+
+def _other_averaged_tensors(secured: SecuredRound, message: bytes) -> bytes:
+    """The others were told to leave a tensor alone: zeros from all of them where this worker's update is."""
+    tensors = secured.base.model_manifest.averaged()
+    assert len(tensors) > 1
+    kept = next(iter(tensors))
+    tensors[kept] = tensors[kept].model_copy(update={"rule": AggregationRule.KEEP})
+    return _told_otherwise(secured, message, model_manifest=Manifest(tensors=tensors))
+
+
+def _other_statistics(secured: SecuredRound, message: bytes) -> bytes:
+    """The others were told of values so far apart that all of theirs become zero."""
+    return _told_otherwise(secured, message, statistics=FAR_APART)
+
+
+def _told_otherwise(secured: SecuredRound, message: bytes, **changes: Any) -> bytes:
+    """The others were offered the round with other fields, and sent keys for that."""
+    theirs = dataclasses.replace(secured, changes=changes).context
     keys = {
         place: client.advertise(theirs, place, other.secrets, other.key.sign) for place, other in secured.others.items()
     }
@@ -127,6 +157,8 @@ def _cut(secured: SecuredRound, message: bytes) -> bytes:
         (_invented_member, "Keys came of a member that is not in the roster."),
         (_invented_keys, "cannot be trusted"),
         (_other_model, "cannot be trusted"),
+        (_other_averaged_tensors, "cannot be trusted"),
+        (_other_statistics, "cannot be trusted"),
         (_my_keys_changed, "cannot be trusted"),
         (_my_keys_missing, "leaves out this member's own"),
         (_a_key_twice, "The same public key comes twice."),
@@ -146,6 +178,44 @@ def test_keys_that_are_not_the_members_own_end_the_session(
 
     assert secured.messages(Step.SHARES) == []
     assert_left_before_anything_left(agent, service, secured, sentence)
+
+
+@pytest.mark.parametrize("told", ["this worker", "the others"])
+@pytest.mark.parametrize("what", ["statistics", "noise"])
+def test_members_that_were_told_other_statistics_or_more_noise_have_no_keys_in_common(
+    agent: Agent, service: FakeService, what: str, told: str
+) -> None:
+    secured = SecuredRound(identity_of(agent), make_spec(**DISTRIBUTED))
+    plan = secured.base.plan
+    assert plan is not None
+    other = {
+        "statistics": {"statistics": FAR_APART},
+        "noise": {"plan": plan.model_copy(update={"noise_multiplier": 2 * plan.noise_multiplier})},
+    }[what]
+    theirs = dataclasses.replace(secured, changes=other if told == "the others" else {}).context
+
+    def keys(message: bytes) -> bytes:
+        sent = {
+            place: client.advertise(theirs, place, member.secrets, member.key.sign)
+            for place, member in secured.others.items()
+        }
+        return server.keys_answer(secured.roster, {**sent, secured.index: message})
+
+    secured.lies[Step.KEYS] = keys
+    service.offer_secured(secured, **(other if told == "this worker" else {}))
+
+    finish(agent, service)
+
+    assert secured.messages(Step.SHARES) == []
+    assert_left_before_anything_left(agent, service, secured, "cannot be trusted")
+
+
+def test_a_plan_that_costs_otherwise_but_noises_alike_is_no_other_context(agent: Agent) -> None:
+    secured = SecuredRound(identity_of(agent), make_spec(**DISTRIBUTED))
+    plan = secured.base.plan
+    assert plan is not None
+    dearer = plan.model_copy(update={"epsilon": plan.epsilon + 1})
+    assert dataclasses.replace(secured, changes={"plan": dearer}).context == secured.context
 
 
 def test_keys_of_an_earlier_attempt_are_not_taken_for_this_one(agent: Agent, service: FakeService) -> None:
@@ -522,8 +592,8 @@ def test_an_honest_offer_of_a_secured_round_contradicts_itself_in_nothing() -> N
     [
         ({"secured": None}, "The job is under secure aggregation, and the task is not."),
         ({"secured": _place(members=3, index=3)}, "This worker's place 3 is not among the 3 of the round."),
-        ({"attempt": 0}, "0 is no number of an attempt."),
-        ({"attempt": 1 << 32}, "is no number of an attempt."),
+        ({"attempt": 0}, "0 is no number of an attempt: the job has at most 3 for a round."),
+        ({"attempt": 4}, "4 is no number of an attempt: the job has at most 3 for a round."),
     ],
 )
 def test_an_offer_that_is_not_secured_as_the_job_says_is_refused(changes: dict[str, Any], sentence: str) -> None:

@@ -73,6 +73,19 @@ def test_data_that_does_not_fit_is_refused_by_column_and_without_values(
     assert "unicorn" not in service.refused[0]
 
 
+def test_a_worker_that_requires_secure_aggregation_refuses_what_the_service_lets_pass(
+    agent: Agent, service: FakeService
+) -> None:
+    policy = agent.settings.policy.model_copy(update={"require_secure_aggregation": True})
+    agent.settings = agent.settings.model_copy(update={"policy": policy})
+    service.offer(make_offer())
+
+    assert agent.step() is Outcome.REFUSED
+
+    assert "require_secure_aggregation: the job has no secure aggregation" in service.refused[0]
+    assert service.updates == {}
+
+
 def test_the_number_of_records_is_not_told_where_exact_statistics_may_not_leave(
     agent: Agent, service: FakeService, tmp_path: Path
 ) -> None:

@@ -59,6 +59,20 @@ def test_pinned_is_not_trusted(journal: Journal) -> None:
     assert journal.peers.objections([member("jena", FIRST)], trusted_only=True) == []
 
 
+def test_trust_puts_out_whoever_was_only_seen_first(journal: Journal) -> None:
+    """That one may be an impostor, who came before anybody had asked."""
+    journal.peers.pin([member("jena", FIRST), member("lyon", FIRST)])
+
+    journal.peers.trust("jena", SECOND)
+
+    assert journal.peers.objections([member("jena", SECOND)], trusted_only=False) == []
+    (found,) = journal.peers.objections([member("jena", FIRST), member("lyon", FIRST)], trusted_only=False)
+    assert found.startswith("jena is pinned to another identity")
+    journal.peers.trust("jena", FIRST)  # its second worker's, as it turns out
+    assert journal.peers.objections([member("jena", FIRST)], trusted_only=True) == []
+    assert journal.peers.objections([member("jena", SECOND)], trusted_only=True) == []
+
+
 def test_people_see_their_own_fingerprint_and_trust_and_forget_others_while_the_agent_runs(
     config: Path, journal: Journal, settings: Settings
 ) -> None:

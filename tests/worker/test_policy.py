@@ -22,6 +22,7 @@ from tests.worker.factories import (
     make_local_spec,
     make_offer,
     make_record_spec,
+    make_secured_spec,
     make_spec,
 )
 
@@ -59,6 +60,8 @@ ENTRY_POINT = {"model": {"entry_point": "hospital.models:net"}}
         (RECORD, "max_rounds", 2, 3),
         ({}, "allow_exact_metrics", False, True),
         ({}, "allow_exact_statistics", False, True),
+        ({}, "require_secure_aggregation", True, False),
+        (RECORD, "require_secure_aggregation", True, False),
         ({}, "min_cohort", 4, 3),
         ({}, "max_rounds", 2, 3),
         ({}, "max_model_bytes", 100, 10_000),
@@ -81,6 +84,16 @@ def test_a_job_with_a_privacy_unit_needs_no_leave_for_what_leaves_noised(clause:
 
     for number in (0, 1, 4):
         assert _objections(make_offer(make_record_spec(), number), **{clause: closed[clause]}) == []
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_where_secure_aggregation_is_required_only_jobs_under_it_pass_in_every_task(number: int) -> None:
+    unsecured = make_secured_spec(secure_aggregation=None)
+
+    assert _objections(make_offer(make_secured_spec(), number), require_secure_aggregation=True) == []
+    assert _objections(make_offer(unsecured, number), require_secure_aggregation=True) == [
+        "require_secure_aggregation: the job has no secure aggregation; write secure_aggregation: true."
+    ]
 
 
 def test_a_dataset_without_a_budget_serves_no_job_with_a_privacy_unit() -> None:

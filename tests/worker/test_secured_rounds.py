@@ -11,6 +11,7 @@ import pytest
 
 from isthmus.codec.arrays import decode, read
 from isthmus.codec.errors import CodecError
+from isthmus.federation.secured import quantise
 from isthmus.wire.problems import ProblemCode
 from isthmus.wire.rounds import TaskOffer
 from isthmus.wire.secured import MASKED, Step
@@ -83,17 +84,25 @@ def test_with_declared_weights_the_numbers_are_made_for_the_largest_of_the_roste
     """And made again for a roster with another largest, from the same update that was kept once."""
     spec = make_secured_spec(**DECLARED)
     first = SecuredRound(identity_of(agent), spec)
+    first.refusals[Step.SURVIVORS] = ProblemCode.LEASE_LOST  # before a share is revealed
     offer = service.offer_secured(first)
     finish(agent, service)
     kept = vector_of(agent, offer)
+    assert kept.vector is not None
+    update = {
+        name.removeprefix("update/"): array for name, array in read(kept.vector).items() if name.startswith("update/")
+    }
 
     heavier = first.next_attempt(weights={"basel": 80})
     service.offer_secured(heavier)
     finish(agent, service)
 
     assert vector_of(agent, offer).digest == kept.digest
-    assert np.abs(2 * heavier.mine() - first.mine()).max() <= 1  # half of it, rounded
-    assert not np.array_equal(heavier.mine(), first.mine())
+    half = quantise(update, spec, offer.plan, 0.5).view(np.int32)
+    assert np.array_equal(heavier.mine(), half)
+    whole = quantise(update, spec, offer.plan, 1.0).view(np.int32)
+    assert np.abs(2 * half - whole).max() <= 1
+    assert np.abs(whole).max() > 1000
 
 
 def test_with_members_that_left_the_sum_is_that_of_the_others(agent: Agent, service: FakeService) -> None:

@@ -30,6 +30,7 @@ def test_a_policy_that_says_nothing_lets_nothing_pass() -> None:
     assert policy.modes == (PrivacyMode.RECORD,)
     assert not policy.allow_exact_metrics
     assert not policy.allow_exact_statistics
+    assert not policy.require_secure_aggregation
 
 
 @pytest.mark.parametrize(
@@ -77,11 +78,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_what_is_announced_is_what_the_file_says(tmp_path: Path) -> None:
     text = EXAMPLE.replace("principals = []", 'principals = ["rosa"]').replace("# max_epsilon = 3 ", "max_epsilon = 3 ")
+    text = text.replace("require_secure_aggregation = false", "require_secure_aggregation = true")
     settings = read_settings(_written(tmp_path, text))
 
     announced = announced_policy(settings, settings.datasets[0])
 
     assert announced.budget == Budget(epsilon=10.0, delta=1e-5)
+    assert announced.require_secure_aggregation
     shared = set(UsePolicy.model_fields) & set(Policy.model_fields)
     assert shared == set(UsePolicy.model_fields) - {"budget", "automatic_approval"}
     assert {name: getattr(announced, name) for name in shared} == {

@@ -7,12 +7,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.federation.lifecycle import OPEN_TASKS
 from app.models import Dataset, Job, Organization, Participation, Round, SecuredAttempt, SecuredMember, Task, Worker
-from app.rounds.specs import spec_of
+from app.rounds.specs import manifest_of, plan_of, spec_of
 from isthmus.federation.rounds import weight_of
 from isthmus.secagg.context import context_of
 from isthmus.secagg.parameters import threshold_of
 from isthmus.secagg.roster import Member, Roster
-from isthmus.wire.secured import Step
+from isthmus.wire.data import FeatureStatistics
+from isthmus.wire.secured import Step, terms_digest
 
 
 async def open_attempt(session: AsyncSession, job: Job, of: Round, now: datetime) -> SecuredAttempt:
@@ -23,18 +24,20 @@ async def open_attempt(session: AsyncSession, job: Job, of: Round, now: datetime
     spec = spec_of(job)
     assert spec.secure_aggregation is not None, "asked only for secured rounds"
     found = await session.execute(
-        select(Task.id, Organization.name, Dataset.name, Worker.public_key, Participation.declared_rows)
+        select(Task.id, Organization.name, Dataset.name, Worker.public_key, Participation)
         .join(Participation, Participation.id == Task.participation_id)
         .join(Dataset, Dataset.id == Participation.dataset_id)
         .join(Organization, Organization.id == Dataset.organization_id)
         .join(Worker, Worker.id == Task.worker_id)
         .where(Task.round_id == of.id, Task.state.in_(OPEN_TASKS))
     )
+    rows = found.all()
     members = {
-        Member(organization, dataset, bytes.fromhex(key), int(weight_of(spec.strategy, rows))): task_id
-        for task_id, organization, dataset, key, rows in found
+        Member(organization, dataset, bytes.fromhex(key), int(weight_of(spec.strategy, part.declared_rows))): task_id
+        for task_id, organization, dataset, key, part in rows
     }
     roster = Roster(members)
+    statistics = None if job.statistics is None else FeatureStatistics.model_validate(job.statistics)
     threshold = threshold_of(len(roster))
     needed = max(threshold, of.min_updates)
     asked_for_all = spec.cohort.over_selection == 0
@@ -48,6 +51,7 @@ async def open_attempt(session: AsyncSession, job: Job, of: Round, now: datetime
             round_id=of.id,
             spec_digest=job.spec_digest,
             model_digest=of.model_digest,
+            terms_digest=terms_digest(manifest_of(job), statistics, plan_of(rows[0][-1])),  # all plans agree in it
             roster_digest=roster.digest(),
             round_number=of.number,
             attempt=of.attempt,
@@ -61,7 +65,7 @@ async def open_attempt(session: AsyncSession, job: Job, of: Round, now: datetime
     )
     session.add(attempt)
     await session.flush()
-    rows = [
+    described = [
         {
             "round_id": of.id,
             "index": index,
@@ -73,5 +77,5 @@ async def open_attempt(session: AsyncSession, job: Job, of: Round, now: datetime
         }
         for index, member in enumerate(roster.members)
     ]
-    await session.execute(insert(SecuredMember).values(rows))
+    await session.execute(insert(SecuredMember).values(described))
     return attempt

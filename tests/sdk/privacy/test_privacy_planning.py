@@ -133,6 +133,22 @@ def test_sampling_of_records_lowers_the_noise_and_sampling_of_organizations_neve
     assert planned(few, 301).noise_multiplier == planned(sample_spec(**organizations), 302).noise_multiplier
 
 
+@pytest.mark.parametrize("where", ["local", "distributed"])
+@pytest.mark.parametrize("strength", [{"epsilon": 8.0}, {"noise_multiplier": 4.0}])
+def test_members_of_a_secured_round_agree_in_noise_and_bound_whatever_their_rows(
+    where: str, strength: dict[str, float]
+) -> None:
+    """Their lattice follows from it, and the context of their keys has it."""
+    spec = sample_spec(
+        privacy={"unit": "organization", "where": where, "clip_norm": 1.0, **strength},
+        strategy=UNIFORM,
+        secure_aggregation=True,
+        cohort={"min_updates": 4},
+    )
+    plans = [planned(spec, rows) for rows in (7, 411, 1_000_003)]
+    assert len({(plan.where, plan.noise_multiplier, plan.clip_norm) for plan in plans}) == 1
+
+
 def test_a_ledger_counts_a_record_where_central_noise_claims_an_organization() -> None:
     privacy = {"unit": "organization", "where": "central", "noise_multiplier": 4.0, "clip_norm": 1.0}
     spec = sample_spec(privacy=privacy, strategy=UNIFORM)

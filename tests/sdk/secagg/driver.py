@@ -97,6 +97,7 @@ class Attempt:
             round_id=UUID(bytes=drawn(seed + "/round")[:16]),
             spec_digest=drawn(seed + "/spec").hex(),
             model_digest=drawn(seed + model).hex(),
+            terms_digest=drawn(seed + "/terms").hex(),
             roster_digest=self.roster.digest(),
             round_number=round_number,
             attempt=number,

@@ -476,14 +476,21 @@ def test_the_context_changes_with_everything_that_all_have_to_agree_on() -> None
             round_id=UUID(int=round_id),
             spec_digest=spec,
             model_digest=model,
+            terms_digest=terms,
             roster_digest=roster,
             round_number=number,
             attempt=attempt,
         )
-        for round_id, spec, model, roster, number, attempt in product((1, 2), digests, digests, digests, (1, 2), (1, 2))
+        for round_id, spec, model, terms, roster, number, attempt in product((1, 2), *[digests] * 4, (1, 2), (1, 2))
     }
-    assert len(seen) == 64
-    for bad in ({"spec_digest": "a" * 63}, {"model_digest": "g" * 64}, {"attempt": -1}, {"round_number": 1 << 32}):
+    assert len(seen) == 128
+    for bad in (
+        {"spec_digest": "a" * 63},
+        {"model_digest": "g" * 64},
+        {"terms_digest": ""},
+        {"attempt": -1},
+        {"round_number": 1 << 32},
+    ):
         with pytest.raises(ValueError, match=r"digest|hex|numbers"):
             context_of(
                 **(
@@ -491,6 +498,7 @@ def test_the_context_changes_with_everything_that_all_have_to_agree_on() -> None
                         "round_id": UUID(int=1),
                         "spec_digest": digests[0],
                         "model_digest": digests[0],
+                        "terms_digest": digests[0],
                         "roster_digest": digests[0],
                         "round_number": 1,
                         "attempt": 1,

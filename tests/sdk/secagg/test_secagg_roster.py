@@ -14,12 +14,12 @@ def member(name: str, *, dataset: str = "patients", identity: int | None = None,
     return Member(name, dataset, key, weight)
 
 
-THREE = [member("charite", weight=303), member("basel", weight=2**64 - 1), member("zürich")]
+THREE = [member("charite", weight=303), member("basel", weight=2**64 - 1), member("zurich")]
 
 
 def test_a_roster_is_sorted_and_comes_back_from_its_bytes() -> None:
     roster = Roster(THREE)
-    assert [found.organization for found in roster.members] == ["basel", "charite", "zürich"]
+    assert [found.organization for found in roster.members] == ["basel", "charite", "zurich"]
     assert len(roster) == 3
     assert roster[1].weight == 303
     assert Roster.from_bytes(roster.to_bytes()) == roster
@@ -55,8 +55,15 @@ def test_rosters_that_count_somebody_twice_or_have_too_few_are_refused(members: 
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        (("", "patients", bytes(32), 1), "1 to 255 bytes, not 0"),
-        (("a", "é" * 128, bytes(32), 1), "1 to 255 bytes, not 256"),
+        (("", "patients", bytes(32), 1), "'' is no name: it has 1 to 63 of a-z"),
+        (("a" * 64, "patients", bytes(32), 1), "is no name"),
+        (("a", "b" * 64, bytes(32), 1), "is no name"),
+        (("Ulm", "patients", bytes(32), 1), "'Ulm' is no name"),
+        (("zürich", "patients", bytes(32), 1), r"'z\\xfcrich' is no name"),
+        (("a", "with space", bytes(32), 1), "'with space' is no name"),
+        (("ulm\n", "patients", bytes(32), 1), r"'ulm\\n' is no name"),
+        (("a\r\x1b[2Kulm", "patients", bytes(32), 1), r"'a\\r\\x1b\[2Kulm' is no name"),
+        (("a", "pat\u202eients", bytes(32), 1), r"'pat\\u202eients' is no name"),
         (("a", "patients", bytes(31), 1), "31 bytes, not 32"),
         (("a", "patients", bytes(32), 0), "weight of a is 0"),
         (("a", "patients", bytes(32), 2**64), "not in 1 to"),
@@ -69,8 +76,8 @@ def test_odd_members_are_refused(fields: tuple[str, str, bytes, int], reason: st
 
 def _raw(members: list[Member]) -> bytes:
     """The bytes of members that are no roster."""
-    parts = [Roster([found, member("~~1"), member("~~2")]).to_bytes()[4:] for found in members]
-    tail = len(Roster([member("~~0"), member("~~1"), member("~~2")]).to_bytes()[4:]) * 2 // 3
+    parts = [Roster([found, member("zz1"), member("zz2")]).to_bytes()[4:] for found in members]
+    tail = len(Roster([member("zz0"), member("zz1"), member("zz2")]).to_bytes()[4:]) * 2 // 3
     return len(members).to_bytes(4, "big") + b"".join(part[:-tail] for part in parts)
 
 
@@ -84,7 +91,9 @@ def test_rosters_that_came_in_another_form_are_violations() -> None:
         (_raw(inorder) + b"\0", "1 bytes more than belong to it"),
         (_raw(inorder)[:-1], "ends too early"),
         (b"\xff" * 400, "says that it has 4294967295 members"),
-        (_raw(inorder).replace("ü".encode(), b"\xff\xfe"), "not UTF-8"),
+        (_raw(inorder).replace(b"zurich", b"\xff\xferich"), "not UTF-8"),
+        (_raw(inorder).replace(b"zurich", b"zu\nich"), r"The roster is not valid: 'zu\\nich' is no name"),
+        (_raw(inorder).replace(b"patients", b"\x1b[2Kents"), r"'\\x1b\[2Kents' is no name"),
         (b"", "ends too early"),
     ]:
         with pytest.raises(ProtocolViolation, match=reason):

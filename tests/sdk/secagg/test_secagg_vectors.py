@@ -64,7 +64,9 @@ def test_another_implementation_makes_the_same_of_it(name: str) -> None:  # noqa
     roster, context = bytes.fromhex(saved["roster"]), bytes.fromhex(saved["context"])
     asked = saved["context_of"]
     assert hashlib.sha256(roster).hexdigest() == saved["roster_digest"] == asked["roster_digest"]
-    digests = bytes.fromhex(asked["spec_digest"] + asked["model_digest"] + asked["roster_digest"])
+    terms = json.dumps(saved["terms"], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert hashlib.sha256(terms.encode()).hexdigest() == asked["terms_digest"]
+    digests = bytes.fromhex("".join(asked[f"{name}_digest"] for name in ("spec", "model", "terms", "roster")))
     round_id = bytes.fromhex(asked["round_id"].replace("-", ""))
     numbers = u32(asked["round_number"], asked["attempt"])
     assert hashlib.sha256(b"isthmus/secagg/v1" + round_id + digests + numbers).digest() == context

@@ -16,10 +16,38 @@ from isthmus.secagg import client, server
 from isthmus.secagg.context import context_of
 from isthmus.secagg.masks import add_masks
 from isthmus.secagg.roster import Member, Roster
+from isthmus.wire.data import FeatureStatistics
+from isthmus.wire.manifest import Manifest
+from isthmus.wire.privacy import PrivacyPlan
+from isthmus.wire.secured import terms_digest
 
 FILE: Final = Path(__file__).parent / "vectors.json"
-NAMES: Final = ("basel", "charite", "oslo", "zürich")
+NAMES: Final = ("basel", "charite", "oslo", "st.gallen_2")
 ELEMENTS: Final = 6
+TERMS: Final[dict[str, Any]] = {
+    "model_manifest": {
+        "tensors": {
+            "küche.weight": {"dtype": "F32", "shape": [2, 3], "rule": "mean", "optional": False},
+            "küche.steps": {"dtype": "I64", "shape": [], "rule": "keep", "optional": False},
+        }
+    },
+    "statistics": {
+        "names": ["age", "pressure"],
+        "count": [300.0, 257.0],
+        "mean": [54.25, -1.5e-05],
+        "variance": [81.0, 0.0],
+        "rows": 300.0,
+        "sites": 4,
+    },
+    "noise": {"where": "distributed", "noise_multiplier": 1.0, "clip_norm": 0.5},
+}
+"""What all were told alike, as JSON: names beyond ASCII, whole floats, small ones and scalars are in it."""
+OF_ONE_DATASET: Final[dict[str, Any]] = {
+    "unit": "organization", "epsilon": 3.0, "budget_epsilon": 3.0, "delta": 1e-6, "sampling_probability": 1.0,
+    "expected_batch": 0.0, "steps_per_round": 1, "statistics_noise_multiplier": None,
+    "evaluation_noise_multiplier": None,
+}  # fmt: skip
+"""The rest of a plan, which does not count."""
 
 
 def fixed(first: int, which: int) -> bytes:
@@ -43,6 +71,11 @@ def attempt(members: int, left: tuple[int, ...]) -> dict[str, Any]:
         "round_id": UUID("0190a5f0-1c2d-7e3f-8a4b-5c6d7e8f9a0b"),
         "spec_digest": fixed(0x11, 0).hex(),
         "model_digest": fixed(0x22, 0).hex(),
+        "terms_digest": terms_digest(
+            Manifest.model_validate(TERMS["model_manifest"]),
+            FeatureStatistics.model_validate(TERMS["statistics"]),
+            PrivacyPlan.model_validate({**OF_ONE_DATASET, **TERMS["noise"]}),
+        ),
         "roster_digest": roster.digest(),
         "round_number": 3,
         "attempt": 2,
@@ -75,6 +108,7 @@ def attempt(members: int, left: tuple[int, ...]) -> dict[str, Any]:
         "identity_secrets": [fixed(1, i).hex() for i in everybody],
         "roster": roster.to_bytes().hex(),
         "roster_digest": roster.digest(),
+        "terms": TERMS,
         "context_of": {name: str(value) if isinstance(value, UUID) else value for name, value in asked.items()},
         "context": context.hex(),
         "threshold": keyed[0].threshold,

@@ -258,9 +258,10 @@ def trust_peer(
     fingerprint: Annotated[str, typer.Argument(help="What `peers list` shows as its worker's own.")],
     config: Config = DEFAULT_CONFIG,
 ) -> None:
-    """Let an organization's key pass, beside those that pass already. Ask them for it by another way than the service.
+    """Let an organization's key pass. Ask them for it by another way than the service.
 
-    The agent may run meanwhile.
+    Keys that were trusted before pass as well; one that was only pinned at first sight passes no more. The agent may
+    run meanwhile.
     """
     with _changing_peers(config) as known:
         try:

@@ -75,6 +75,11 @@ class Heart:
             self._progress = progress
 
     @property
+    def max_silence_s(self) -> float:
+        """It stops after so long without a sign of life."""
+        return self._max_silence_s
+
+    @property
     def lost(self) -> str | None:
         """Why the work is not wanted any more; None while it is."""
         return self._lost

@@ -20,10 +20,12 @@ transaction that marks it as released. What may have been admitted unheard count
 release whose cost does not fit into the budget beside all that is neither computed nor prepared.
 
 Under secure aggregation what is noised once is a *vector* that is never sent: what leaves is masked anew with the keys
-of each attempt. Its file is `Release.vector`; its `path`, of which bytes may be sent, is None for ever. It is kept
-until a later round of its participation, because another attempt of the round must not noise again. Where shares of
-noise of several organizations protect it (`where: distributed`), nothing has left before shares of the masks' secrets
-are revealed, and the spend is recorded then.
+of each attempt. Its file is `Release.vector`; its `path`, of which bytes may be sent, is None for ever, and so is the
+column `file`, for agents of versions that know of no vectors. It is kept until a later round of its participation,
+because another attempt of the round must not noise again. Where shares of noise of several organizations protect it
+(`where: distributed`), nothing has left before shares of the masks' secrets are revealed, and the spend is recorded
+then. A vector that waits for its others takes up its part of the budget all the same as long as its session is open:
+several of them must not overdraw together what each would leave room for.
 
 SQLite in WAL mode with synchronous=FULL: a transition that returned is on the disk. `prepare` alone leaves that to the
 `note_asking` that follows it: nothing may have been admitted before, and what is synced later takes along what was
@@ -167,7 +169,7 @@ CREATE TABLE IF NOT EXISTS releases (
     digest TEXT NOT NULL, size_bytes INTEGER NOT NULL, unanswered INTEGER NOT NULL DEFAULT 0, file TEXT,
     clip_norm REAL, noise_multiplier REAL NOT NULL,
     prepared_at TEXT NOT NULL, released_at TEXT, acknowledged_at TEXT, discarded_at TEXT, note TEXT, receipt TEXT,
-    lineage TEXT, charge TEXT, secured INTEGER NOT NULL DEFAULT 0
+    lineage TEXT, charge TEXT, secured INTEGER NOT NULL DEFAULT 0, vector TEXT
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS one_release ON releases
     (participation_id, round_number, model_digest, spec_digest, kind) WHERE state <> 'discarded';
@@ -183,14 +185,19 @@ CREATE TABLE IF NOT EXISTS handovers (
 _ADDED: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     {
         "participations": {"plan_digest": "TEXT"},
-        "releases": {"lineage": "TEXT", "charge": "TEXT", "secured": "INTEGER NOT NULL DEFAULT 0"},
+        "releases": {"lineage": "TEXT", "charge": "TEXT", "secured": "INTEGER NOT NULL DEFAULT 0", "vector": "TEXT"},
     }
 )
 """Columns that journals of earlier versions lack. What those versions released has no charge, and is in no ledger."""
 _MAYBE_SPENT: Final = "(state IN ('released', 'acknowledged') OR (state = 'prepared' AND unanswered = 1))"
+_HELD: Final = "(file IS NOT NULL OR vector IS NOT NULL)"
+_WAITING: Final = (
+    "(secured = 1 AND EXISTS (SELECT 1 FROM sessions s WHERE s.participation_id = releases.participation_id"
+    " AND s.round_number = releases.round_number AND s.state <> 'over'))"
+)
 _COLUMNS: Final = (
     "id, participation_id, round_number, model_digest, spec_digest, kind, state, job, dataset, task_id, fence,"
-    " digest, size_bytes, unanswered, file, secured"
+    " digest, size_bytes, unanswered, file, secured, vector"
 )
 
 
@@ -216,7 +223,9 @@ class Journal:
         connection.executescript(_SCHEMA + LINEAGE_SCHEMA + LEDGER_SCHEMA + SESSIONS_SCHEMA + PEERS_SCHEMA)
         _bring_up_to_date(connection)
         sync_directory(state.root)
-        return cls(state, connection)
+        found = cls(state, connection)
+        found.sessions.clean_log()  # whoever was killed may have had no time for it
+        return found
 
     @classmethod
     def look_into(cls, state: StateDir) -> "Journal":
@@ -243,22 +252,28 @@ class Journal:
 
         A prepared release whose bytes are gone was never released: it is given up. A released one stays what it is.
         """
+        self.sessions.end_stale(KEEP_BYTES)
+        self.tidy()
+        for release in self._releases(f"state <> 'discarded' AND {_HELD}"):
+            if release.file is not None and not release.file.exists():
+                if release.state is ReleaseState.PREPARED:
+                    self.give_up(release, "its bytes are gone")
+                else:
+                    self._let_go(release)
+        rows = self._connection.execute(f"SELECT coalesce(file, vector) FROM releases WHERE {_HELD}")  # noqa: S608 - our own
+        known = {str(row[0]) for row in rows}
+        for path in self._state.releases.iterdir():
+            if path.name not in known:
+                path.unlink()
+
+    def tidy(self) -> None:
+        """Delete bytes that nobody has asked for in a long time. To be called now and then, while nothing is sent."""
         cutoff = (datetime.now(UTC) - KEEP_BYTES).isoformat()
         self._drop_bytes("state = 'acknowledged' AND (secured = 0 OR acknowledged_at < ?)", cutoff)
         for release in self._releases("state = 'prepared' AND prepared_at < ?", cutoff):
             self.give_up(release, "never admitted")
         self._drop_bytes("state = 'released' AND released_at < ?", cutoff)
-        for release in self._releases("state <> 'discarded' AND file IS NOT NULL"):
-            if release.file is not None and not release.file.exists():
-                if release.state is ReleaseState.PREPARED:
-                    self.give_up(release, "its bytes are gone")
-                else:
-                    self._connection.execute("UPDATE releases SET file = NULL WHERE id = ?", (release.id,))
-        known = {str(row[0]) for row in self._connection.execute("SELECT file FROM releases WHERE file IS NOT NULL")}
-        for path in self._state.releases.iterdir():
-            if path.name not in known:
-                path.unlink()
-        self.sessions.end_stale(KEEP_BYTES)
+        self.sessions.clean_log()
 
     def pin(self, offer: TaskOffer) -> None:
         """Hold on to what the offer's participation is, and to the federation's statistics once they are known.
@@ -325,13 +340,13 @@ class Journal:
         key, name = key_of(offer), f"{uuid.uuid4().hex}.safetensors"
         sync_file(draft)
         move_durably(draft, self._state.releases / name)
-        now, plan = _now(), offer.plan
+        now, plan, secured = _now(), offer.plan, offer.secured is not None
         with _Transaction(self._connection, synced=False) as connection:
             connection.execute(
                 "INSERT INTO releases (participation_id, round_number, model_digest, spec_digest, kind, state,"
                 " job, dataset, task_id, fence, digest, size_bytes, file, prepared_at, clip_norm, noise_multiplier,"
-                " lineage, charge, secured)"
-                " VALUES (?, ?, ?, ?, ?, 'prepared', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " lineage, charge, secured, vector)"
+                " VALUES (?, ?, ?, ?, ?, 'prepared', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *key,
                     offer.job,
@@ -340,13 +355,14 @@ class Journal:
                     offer.fence,
                     digest,
                     size_bytes,
-                    name,
+                    None if secured else name,
                     now,
                     offer.spec.privacy.clip_norm,
                     plan.noise_multiplier if plan is not None else 0.0,
                     charge.lineage,
                     charge.to_json(),
-                    int(offer.secured is not None),
+                    int(secured),
+                    name if secured else None,
                 ),
             )
             if metrics:
@@ -405,7 +421,7 @@ class Journal:
 
     def discard(self, release: Release, note: str) -> None:
         """Forget bytes that were never released: nothing left, nothing is spent."""
-        self._advance(release, ReleaseState.DISCARDED, discarded_at=_now(), note=note, file=None)
+        self._advance(release, ReleaseState.DISCARDED, discarded_at=_now(), note=note, file=None, vector=None)
         _unlink(release)
 
     def give_up(self, release: Release, note: str) -> ReleaseState:
@@ -460,25 +476,32 @@ class Journal:
         mine = self.find(key_of(offer))
         if mine is not None and (mine.unanswered or mine.state in SPENT):
             return []  # it is counted already: sent again, it costs nothing
-        spent = self.spent(account.lineage)
+        spent = self.spent(account.lineage, beside=offer)
         claimed = self.ledgers.claimed(str(offer.participation_id))
-        for participation_id, _cost, job_cost in self._unheard(account.lineage):
+        for participation_id, _cost, job_cost in self._unheard(account.lineage, offer):
             claimed = claimed + job_cost if participation_id == str(offer.participation_id) else claimed
         return budget_objections(offer, charge, account.budget, spent=spent, claimed=claimed)
 
-    def spent(self, lineage: str) -> Cost:
-        """What left or may have left of these records."""
+    def spent(self, lineage: str, *, beside: TaskOffer | None = None) -> Cost:
+        """What left or may have left of these records, and what waits in open sessions to leave.
+
+        Args:
+            lineage: of the records.
+            beside: leave out what waits for this offer, or for an earlier round of its participation.
+        """
         spent = self.ledgers.total(lineage).cost
-        for _participation, cost, _job_cost in self._unheard(lineage):
+        for _participation, cost, _job_cost in self._unheard(lineage, beside):
             spent = spent + cost
         return spent
 
-    def _unheard(self, lineage: str) -> list[tuple[str, Cost, Cost]]:
-        """Participation, cost and cost to its job of what may have been admitted, and is in no ledger yet."""
+    def _unheard(self, lineage: str, beside: TaskOffer | None) -> list[tuple[str, Cost, Cost]]:
+        """Participation, cost and cost to its job of what may have been admitted or waits, and is in no ledger yet."""
+        mine = (str(beside.participation_id), beside.round_number) if beside is not None else (None, None)
         rows = self._connection.execute(
-            "SELECT participation_id, charge FROM releases WHERE lineage = ? AND state = 'prepared'"
-            " AND unanswered = 1 AND charge IS NOT NULL",
-            (lineage,),
+            "SELECT participation_id, charge FROM releases WHERE lineage = ? AND state = 'prepared'"  # noqa: S608 - our own
+            " AND charge IS NOT NULL AND (unanswered = 1 OR"
+            f" ({_WAITING} AND (participation_id IS NOT ? OR round_number > ?)))",
+            (lineage, *mine),
         ).fetchall()
         return [(str(participation_id), *costs_of(json.loads(charge))) for participation_id, charge in rows]
 
@@ -603,9 +626,12 @@ class Journal:
             raise TransitionRefused(release, to)
 
     def _drop_bytes(self, where: str, *values: Any) -> None:
-        for release in self._releases(f"({where}) AND file IS NOT NULL", *values):
-            self._connection.execute("UPDATE releases SET file = NULL WHERE id = ?", (release.id,))
+        for release in self._releases(f"({where}) AND {_HELD}", *values):
+            self._let_go(release)
             _unlink(release)
+
+    def _let_go(self, release: Release) -> None:
+        self._connection.execute("UPDATE releases SET file = NULL, vector = NULL WHERE id = ?", (release.id,))
 
     def _releases(self, where: str, *values: Any) -> list[Release]:
         with closing(
@@ -614,8 +640,7 @@ class Journal:
             return [self._release(row) for row in rows]
 
     def _release(self, row: tuple[Any, ...]) -> Release:
-        number, *key, state, job, dataset, task_id, fence, digest, size_bytes, unanswered, file, secured = row
-        path = self._state.releases / file if file is not None else None
+        number, *key, state, job, dataset, task_id, fence, digest, size_bytes, unanswered, file, secured, vector = row
         return Release(
             id=number,
             key=ReleaseKey(key[0], key[1], key[2], key[3], TaskKind(key[4])),
@@ -627,8 +652,8 @@ class Journal:
             digest=digest,
             size_bytes=size_bytes,
             unanswered=bool(unanswered),
-            path=None if secured else path,
-            vector=path if secured else None,
+            path=self._state.releases / file if file is not None and not secured else None,
+            vector=self._state.releases / vector if vector is not None else None,
             secured=bool(secured),
         )
 

@@ -94,13 +94,16 @@ class Agent:
     _accounts: dict[str, Account] = field(default_factory=dict)
     """By dataset: what its releases are charged to."""
     _verified: VerifiedFiles = field(default_factory=VerifiedFiles)
+    masker: Trainer = field(init=False)
+    """Masks while the trainer trains for another job; then it ends."""
     _secured: SecuredTasks = field(init=False)
     _claims: Claims = field(init=False)
 
     def __post_init__(self) -> None:
         """Nothing is open yet."""
+        self.masker = Trainer(self.settings.resources, self.state.scratch.with_name("masking"))
         self._secured = SecuredTasks(self)
-        self._claims = Claims(self._secured.post)
+        self._claims = Claims(self._secured.post, self._heart_of)
 
     def run(self) -> None:
         """Announce the datasets, settle what an earlier run left, then work until something stops us.
@@ -124,6 +127,8 @@ class Agent:
     def close(self) -> None:
         """Stop what goes on beside the main thread; nothing more is sent."""
         self._secured.close()
+        self._claims.close()
+        self.masker.stop()
 
     def announce(self) -> None:
         """Tell the service which columns and how many records each dataset has, and what our policy lets be done.
@@ -196,7 +201,7 @@ class Agent:
 
     def _next(self, wait_s: int) -> TaskOffer | NoWork | Outcome | None:
         """The next offer, or what was done for a secured task before there was one; None: nothing came in time."""
-        if not self._secured.are_open and not self._claims.are_open:
+        if not self._secured.are_looked_after and not self._claims.are_open:
             return self._claim(self._poll_s(wait_s))
         until = time.monotonic() + wait_s
         while True:
@@ -210,11 +215,11 @@ class Agent:
                 return None
             if not self._claims.are_open and not self._secured.is_full:
                 self._claims.ask(partial(self._claim, self._poll_s(wait_s), self._secured.held()))
-            self._secured.wait(left_s)
+            self._secured.wait(min(left_s, self._secured.due_s))
 
     def serve(self, offer: TaskOffer) -> Outcome:
         """See one offer through: check, compute unless it was computed before, hand in."""
-        if found := self._objections(offer):
+        if found := self.objections(offer):
             return self.refuse(offer, " ".join(found))
         self.journal.pin(offer)
         self._secured.leave_earlier(offer)
@@ -222,7 +227,7 @@ class Agent:
         return self._serve_openly(offer) if offer.secured is None else self._secured.serve(offer)
 
     def _serve_openly(self, offer: TaskOffer) -> Outcome:
-        with Heart(self.client, offer, self.settings.resources.max_silence_s, self.state.note_contact) as heart:
+        with self._heart_of(offer) as heart:
             release = self.journal.find(key_of(offer))
             if release is not None:
                 release = self.journal.readdress(release, offer)
@@ -243,7 +248,15 @@ class Agent:
         log.warning("upload refused", extra={**_words(offer), "reason": reason, "bytes": outcome})
         return Outcome.REFUSED if outcome is HandedIn.DISCARDED else Outcome.KEPT
 
-    def _objections(self, offer: TaskOffer) -> list[str]:
+    def _heart_of(self, offer: TaskOffer) -> Heart:
+        return Heart(self.client, offer, self.settings.resources.max_silence_s, self.state.note_contact)
+
+    def looked(self) -> None:
+        """The main thread goes on: what it has claimed is not forgotten."""
+        self._claims.alive()
+
+    def objections(self, offer: TaskOffer) -> list[str]:
+        """Why nothing is released for an offer, as the policy and the ledger are now; empty if something may be."""
         found = contradictions(offer, organization=self.credentials.organization, datasets=self._served)
         if found:
             return found  # what contradicts itself has no cost that could be computed
@@ -272,6 +285,7 @@ class Agent:
 
         def cancelled() -> bool:
             self._secured.tick()
+            self._secured.advance_meanwhile(offer, heart.alive)
             return heart.lost is not None or unwanted()
 
         account, unit = self._accounts[offer.dataset], offer.spec.privacy.unit

@@ -12,9 +12,6 @@ from isthmus.wire.rounds import TaskKind, TaskOffer, kind_of_round, task_manifes
 LEAST_VARIANCE: Final = 1e-24
 """Of a column that is not constant, beside the square of its mean (or 1, if that is larger)."""
 
-LARGEST_ATTEMPT: Final = (1 << 32) - 1
-"""Attempts are numbers of 4 bytes in what the keys of a secured round are bound to."""
-
 MOST_RECORDS: Final = 1e12
 """Of any dataset, as `AnnounceDataset.rows`."""
 
@@ -68,8 +65,9 @@ def _odd_secured(offer: TaskOffer) -> list[str]:
         found.append(f"The round has {members} members; the job sums no fewer than {least} updates.")
     if offer.secured.index >= members:
         found.append(f"This worker's place {offer.secured.index} is not among the {members} of the round.")
-    if not 1 <= offer.attempt <= LARGEST_ATTEMPT:
-        found.append(f"{offer.attempt} is no number of an attempt.")
+    most = offer.spec.cohort.attempts
+    if not 1 <= offer.attempt <= most:
+        found.append(f"{offer.attempt} is no number of an attempt: the job has at most {most} for a round.")
     return found
 
 

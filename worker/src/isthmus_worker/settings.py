@@ -115,6 +115,8 @@ class Policy(_Section):
     """Whether loss, accuracy and AUC may leave un-noised, in jobs without a privacy unit."""
     allow_exact_statistics: bool = False
     """Whether counts, means and variances of columns may leave un-noised, in jobs without a privacy unit."""
+    require_secure_aggregation: bool = False
+    """Whether updates of training leave masked only: a job without secure aggregation does not pass."""
     min_rows: int = Field(default=10, ge=2)
     """Fewest training records for any task, and fewest held-out ones behind numbers that leave un-noised."""
     min_cohort: int = Field(default=2, ge=2, le=100_000)
@@ -196,6 +198,7 @@ def announced_policy(settings: Settings, dataset: DatasetSettings) -> UsePolicy:
         max_rounds=policy.max_rounds,
         allow_exact_metrics=policy.allow_exact_metrics,
         allow_exact_statistics=policy.allow_exact_statistics,
+        require_secure_aggregation=policy.require_secure_aggregation,
     )
 
 
@@ -277,6 +280,7 @@ max_delta = 1e-5
 # max_clip_norm = 1.0          # only for jobs of mode "none": the longest update that may leave
 allow_exact_metrics = false      # only for mode "none": loss, accuracy and AUC may leave as they are
 allow_exact_statistics = false   # only for mode "none": means and variances of columns may leave as they are
+require_secure_aggregation = false  # true: only jobs under secure aggregation, so that updates leave masked only
 min_rows = 10                    # fewest training records, and held-out ones behind exact numbers
 min_cohort = 3                   # a round must not close with fewer updates than that
 max_rounds = 100

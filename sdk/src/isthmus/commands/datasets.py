@@ -98,6 +98,12 @@ def policy(
     exact_statistics: Annotated[
         bool | None, typer.Option("--exact-statistics/--no-exact-statistics", help="May means leave un-noised?")
     ] = None,
+    secure_aggregation: Annotated[
+        bool | None,
+        typer.Option(
+            "--require-secure-aggregation/--no-require-secure-aggregation", help="May updates only leave masked?"
+        ),
+    ] = None,
     approve_by_rule: Annotated[
         bool | None,
         typer.Option("--approve-by-rule/--ask-a-steward", help="Grant jobs within the policy without asking?"),
@@ -120,6 +126,7 @@ def policy(
         max_rounds=max_rounds,
         allow_exact_metrics=exact_metrics,
         allow_exact_statistics=exact_statistics,
+        require_secure_aggregation=secure_aggregation,
         automatic_approval=AutomaticApproval() if approve_by_rule else None,
     )
     if any_researcher:

@@ -211,10 +211,11 @@ def open_shares(context: bytes, index: int, secrets: Secrets, keyed: Keyed, answ
         try:
             opened = AESGCM(key).decrypt(u32s((peer, index, 1)), sealed, context + u32s((peer, index)))
         except InvalidTag as error:
-            raise ProtocolViolation(f"The shares from {named} are not what it encrypted for this member.") from error
+            reason = f"The shares from {named} are not what it encrypted for this member."
+            raise ProtocolViolation(reason, peer=named) from error
         held[peer] = opened[:SHARE_BYTES], opened[SHARE_BYTES:]
         if any(int.from_bytes(share, "big") >= PRIME for share in held[peer]):
-            raise ProtocolViolation(f"The shares from {named} are not numbers of the field.")
+            raise ProtocolViolation(f"The shares from {named} are not numbers of the field.", peer=named)
     reader.end()
     if len(held) < keyed.threshold:
         raise ProtocolViolation(f"Only {len(held)} neighbours sent shares; {keyed.threshold} have to.")

@@ -5,12 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from pydantic import TypeAdapter, ValidationError
+
 from isthmus.secagg.reading import Reader
 from isthmus.secagg.violations import ProtocolViolation
+from isthmus.wire.base import Name
 from isthmus.wire.secured import LARGEST_COHORT, SMALLEST_COHORT
 
 IDENTITY_BYTES: Final = 32
 _LARGEST_WEIGHT: Final = (1 << 64) - 1
+_NAME: Final[TypeAdapter[str]] = TypeAdapter(Name)
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,7 @@ class Member:
     def __post_init__(self) -> None:
         """Raises ValueError where a field cannot be written into a roster."""
         for name in (self.organization, self.dataset):
-            if not 1 <= len(name.encode()) <= 255:
-                raise ValueError(f"a name in a roster has 1 to 255 bytes, not {len(name.encode())}")
+            _require_name(name)
         if len(self.identity) != IDENTITY_BYTES:
             raise ValueError(f"the identity of {self.organization} has {len(self.identity)} bytes, not 32")
         if not 1 <= self.weight <= _LARGEST_WEIGHT:
@@ -103,3 +106,18 @@ class Roster:
     def digest(self) -> str:
         """SHA-256 of the bytes, in hex."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def _require_name(name: str) -> None:
+    """Rosters come from the service, and people read their names in logs and lists, line by line.
+
+    Raises:
+        ValueError: the platform gives no such name. The message shows it in ASCII, control characters escaped.
+    """
+    try:
+        _NAME.validate_python(name)
+    except ValidationError:
+        raise ValueError(
+            f"{name!a} is no name: it has 1 to 63 of a-z, 0-9, '-', '_' and '.', beginning and ending with a letter or "
+            "digit"
+        ) from None

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 class ProtocolViolation(Exception):
     """What a member was sent does not follow the protocol: it leaves the attempt and reveals nothing more."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, *, peer: str | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         """One sentence for the log and for the service. It holds no secrets."""
+        self.peer = peer
+        """The organization that may have caused it, where no honest service could have seen that; None: the service."""
 
 
 class MessageInvalid(ValueError):

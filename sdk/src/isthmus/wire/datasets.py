@@ -69,8 +69,14 @@ class UsePolicy(Request):
     """Whether loss, accuracy and AUC of this dataset may leave it un-noised, in jobs without a privacy unit."""
     allow_exact_statistics: bool = False
     """Whether counts, means and variances may leave it un-noised, in jobs without a privacy unit."""
+    require_secure_aggregation: bool = False
+    """Whether updates of training leave masked only: a job without secure aggregation does not pass."""
     automatic_approval: AutomaticApproval | None = None
     """The steward's own decision: whether a person is asked for each job."""
+
+
+_YOUNGER: Final = ("require_secure_aggregation",)
+"""Clauses that came when policies were signed already: see `announcement_bytes`."""
 
 
 def allows(allowed: Sequence[str] | None, value: str) -> bool:
@@ -111,6 +117,8 @@ def policy_objections(policy: UsePolicy, spec: JobSpec, *, principal: str, plan:
         found.append("allow_exact_metrics: the job's evaluation.release is 'exact'; 'local' would pass.")
     if privacy.unit is PrivacyUnit.NONE and spec.data.standardize == "federated" and not policy.allow_exact_statistics:
         found.append("allow_exact_statistics: the job's data.standardize is 'federated'; 'none' would pass.")
+    if policy.require_secure_aggregation and spec.secure_aggregation is None:
+        found.append("require_secure_aggregation: the job has no secure aggregation; write secure_aggregation: true.")
     return found
 
 
@@ -156,6 +164,7 @@ def strictest(one: UsePolicy, other: UsePolicy) -> UsePolicy:
         max_rounds=min(one.max_rounds, other.max_rounds),
         allow_exact_metrics=one.allow_exact_metrics and other.allow_exact_metrics,
         allow_exact_statistics=one.allow_exact_statistics and other.allow_exact_statistics,
+        require_secure_aggregation=one.require_secure_aggregation or other.require_secure_aggregation,
         automatic_approval=other.automatic_approval,
     )
 
@@ -262,12 +271,20 @@ class AnnounceDataset(Request):
 def announcement_bytes(
     organization: str, dataset: str, *, policy: UsePolicy, lineage: str, signed_at: datetime
 ) -> bytes:
-    """What a worker signs when it announces a dataset: the policy that travels with it, and the budget it draws on."""
+    """What a worker signs when it announces a dataset: the policy that travels with it, and the budget it draws on.
+
+    A clause that is younger than the signature is under it only where it says more than its default: what a worker
+    signs that has never heard of it stays signed.
+    """
+    clauses = policy.model_dump(mode="json")
+    for younger in _YOUNGER:
+        if clauses[younger] == UsePolicy.model_fields[younger].default:
+            del clauses[younger]
     return b"isthmus/announcement/v1" + canonical_json(
         {
             "organization": organization,
             "dataset": dataset,
-            "policy": policy.model_dump(mode="json"),
+            "policy": clauses,
             "lineage": lineage,
             "signed_at": signed_at.astimezone(UTC).isoformat(),
         }

@@ -10,7 +10,10 @@ from uuid import UUID
 
 from pydantic import BeforeValidator, Field
 
-from isthmus.wire.base import Digest, Finite, Request, Response
+from isthmus.wire.base import Digest, Finite, Request, Response, digest_of
+from isthmus.wire.data import FeatureStatistics
+from isthmus.wire.manifest import Manifest
+from isthmus.wire.privacy import PrivacyPlan, PrivacyUnit
 
 SMALLEST_COHORT: Final = 3
 """The sum of two updates tells each of the two the other's."""
@@ -63,6 +66,36 @@ class SecuredOffer(Response):
     """In the roster; the threshold follows from it."""
     index: int = Field(ge=0, lt=LARGEST_COHORT)
     """This participation's place in the roster."""
+
+
+def terms_digest(model_manifest: Manifest, statistics: FeatureStatistics | None, plan: PrivacyPlan | None) -> str:
+    """The digest of what all members of a cohort must have been told alike, beside the job, its model and the roster.
+
+    It goes into the context of an attempt (`isthmus.secagg.context`), so that members who were told different things
+    have no keys in common. Else a service could pick one of them out of the sum. If that one is told to average other
+    tensors than the rest, its numbers stand in the sum where the others, whose tensors there never move, have zeros.
+    Statistics that turn the inputs of all others into zeros do much the same. And who is told of more noise than was
+    agreed has a coarser lattice: the steps of the sum are no longer the same, and less noise than promised hides it.
+
+    Args:
+        model_manifest: of the job's model: which tensors there are, and which of them are averaged.
+        statistics: of the job's features; None: it has none.
+        plan: a participation's; None for a job without a privacy unit. Only what the lattice follows from counts:
+            place, multiplier and bound of the noise of `unit: organization`, the same at all datasets of a job. Plans
+            of `unit: record` differ with the records of their datasets, and the lattice does not follow from them.
+
+    Returns:
+        SHA-256 over the canonical JSON of the three, in hex.
+    """
+    noise = None
+    if plan is not None and plan.unit is PrivacyUnit.ORGANIZATION:
+        noise = {"where": plan.where, "noise_multiplier": plan.noise_multiplier, "clip_norm": plan.clip_norm}
+    terms = {
+        "model_manifest": model_manifest.model_dump(mode="json"),
+        "statistics": None if statistics is None else statistics.model_dump(mode="json"),
+        "noise": noise,
+    }
+    return digest_of(terms)
 
 
 class SecuredRound(Response):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from isthmus.secagg.parameters import threshold_of
+from isthmus.wire.base import canonical_json
 from isthmus.wire.rounds import TaskOffer
 from isthmus.wire.strategies import Weighting
 from isthmus_worker.secured.records import Record, Sessions, session_key
@@ -111,17 +112,29 @@ def too_few(came: int, needed: int, what: str) -> list[str]:
     return [f"Only {came} members sent {what}; the job needs {needed} in a sum."] if came < needed else []
 
 
-def names_of(roster: "Roster", indices: Sequence[int]) -> tuple[str, ...]:
-    """organization/dataset of members, in the roster's order."""
-    return tuple(f"{roster[index].organization}/{roster[index].dataset}" for index in indices)
+def summed_of(keyed: "Keyed", survivors: Sequence[int]) -> str:
+    """What the sum over these members is made of, as canonical JSON: two sums that differ in it tell single updates.
+
+    Who is in it, with which key and which weight, and what the weights are shares of.
+    """
+    members = [keyed.roster[index] for index in survivors]
+    plain = {
+        "largest_weight": largest_weight(keyed),
+        "survivors": [
+            {"member": f"{one.organization}/{one.dataset}", "identity": one.identity.hex(), "weight": one.weight}
+            for one in members
+        ],
+    }
+    return canonical_json(plain).decode()
 
 
-def other_set_objections(revealed: Sequence[tuple[str, ...]], survivors: tuple[str, ...]) -> list[str]:
-    """Whether shares of this round were revealed for others than these: two sums tell what lies between them."""
-    if any(before != survivors for before in revealed):
+def other_sum_objections(revealed: Sequence[str], summed: str) -> list[str]:
+    """Whether shares of this round were revealed for another sum than this one, as `summed_of` tells them."""
+    if any(before != summed for before in revealed):
         return [
-            "This worker has revealed its shares of this round for another set of survivors: the difference of two "
-            "sums would show the updates of those between."
+            "This worker has revealed its shares of this round for another set of survivors, or for the same with "
+            "another key or weight or for another largest weight of the roster: the difference of two sums would show "
+            "the updates of those who differ."
         ]
     return []
 

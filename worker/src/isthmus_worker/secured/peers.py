@@ -1,7 +1,8 @@
 """Whose keys the others of a secured round have: pinned by organization, so that the service cannot invent members.
 
 The first key that is seen of an organization is pinned. Another one is refused from then on, until somebody at this
-worker has made sure, by another way than this service, that it is theirs (`isthmus-worker peers trust`).
+worker has made sure, by another way than this service, that it is theirs (`isthmus-worker peers trust`). From then on
+only keys that were trusted so pass for that organization: the one that was seen first may have been an impostor's.
 """
 
 import sqlite3
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from isthmus.secagg.roster import Member
+from isthmus_worker.transaction import Transaction
 
 SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS peers (
@@ -89,7 +91,7 @@ class Peers:
         return new
 
     def trust(self, organization: str, public_key: str) -> None:
-        """Let a key pass for an organization, beside those that pass already.
+        """Let a key pass for an organization, beside those that were trusted before. One only seen passes no more.
 
         Raises:
             ValueError: it is no public key.
@@ -100,10 +102,13 @@ class Peers:
                 f"{public_key!r} is no fingerprint: it has 64 hexadecimal digits, as the other worker's `peers list` "
                 "or `status` shows them"
             )
-        self._connection.execute(
-            "INSERT INTO peers VALUES (?, ?, 1, ?) ON CONFLICT (organization, public_key) DO UPDATE SET trusted = 1",
-            (organization, key, datetime.now(UTC).isoformat()),
-        )
+        with Transaction(self._connection) as connection:
+            connection.execute(
+                "INSERT INTO peers VALUES (?, ?, 1, ?)"
+                " ON CONFLICT (organization, public_key) DO UPDATE SET trusted = 1",
+                (organization, key, datetime.now(UTC).isoformat()),
+            )
+            connection.execute("DELETE FROM peers WHERE organization = ? AND trusted = 0", (organization,))
 
     def forget(self, organization: str) -> int:
         """Forget an organization's keys: the next one that is seen is pinned. How many there were."""

@@ -9,10 +9,12 @@ that again, byte for byte.
       └────────┴──────────┴──────────┴───────────┴────────────┴───────────┴──────▶ over
 
 `over` has no secrets any more, no messages, no offer: only that the attempt was, and, if shares were revealed, for
-which set of survivors.
+which set of survivors, with which keys and weights.
+
+What the database has deleted is still in its log until a checkpoint has emptied that: `Sessions.clean_log`.
 """
 
-import json
+import logging
 import sqlite3
 from collections.abc import Collection, Sequence
 from contextlib import closing, suppress
@@ -21,7 +23,11 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
+from pydantic import ValidationError
+
 from isthmus.wire.rounds import TaskOffer
+
+log = logging.getLogger(__name__)
 
 SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS sessions (
@@ -110,6 +116,7 @@ class Sessions:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        self._log_is_clean = False
 
     def begin(self, offer: TaskOffer, secrets: bytes) -> Record:
         """Keep fresh secrets for an attempt. Earlier attempts of its participation are over.
@@ -171,14 +178,14 @@ class Sessions:
         ).fetchone()
         return (int(row[0]), int(row[1]), str(row[2])) if row else None
 
-    def revealed_sets(self, participation_id: str, round_number: int) -> list[tuple[str, ...]]:
-        """For whom shares were revealed in a round: organization/dataset of the survivors, by attempt."""
+    def revealed_sums(self, participation_id: str, round_number: int) -> list[str]:
+        """Of which sums shares were revealed in a round, as `checks.summed_of` tells them, by attempt."""
         rows = self._connection.execute(
             "SELECT revealed_for FROM sessions WHERE participation_id = ? AND round_number = ?"
             " AND revealed_for IS NOT NULL ORDER BY attempt",
             (participation_id, round_number),
         ).fetchall()
-        return [tuple(json.loads(row[0])) for row in rows]
+        return [str(row[0]) for row in rows]
 
     def readdress(self, key: SessionKey, offer: TaskOffer) -> Record:
         """Note the fence under which the same attempt is offered now."""
@@ -221,9 +228,9 @@ class Sessions:
         """
         return self._advance(key, SessionState.SIGNED, survivors=answer)
 
-    def keep_revealed(self, key: SessionKey, survivors: Sequence[str]) -> Record:
-        """For whom shares are about to be revealed: organization/dataset of each. It is kept when all else is gone."""
-        return self._advance(key, SessionState.REVEALED, revealed_for=json.dumps(list(survivors)))
+    def keep_revealed(self, key: SessionKey, summed: str) -> Record:
+        """Of which sum shares are about to be revealed (`checks.summed_of`). It is kept when all else is gone."""
+        return self._advance(key, SessionState.REVEALED, revealed_for=summed)
 
     def end(self, key: SessionKey, note: str) -> None:
         """Delete all that is secret; harmless where it is over already."""
@@ -244,6 +251,23 @@ class Sessions:
         """End what began longer ago than `age`: nobody will ask for it any more."""
         self._end("began_at < ?", ((datetime.now(UTC) - age).isoformat(),), "nobody asked for it any more")
 
+    def clean_log(self) -> None:
+        """Take off the disk what is left of deleted secrets in the database's log, unless that was done.
+
+        While somebody reads the journal (`isthmus-worker status`) it cannot be: then the next call does it. It waits
+        for nobody.
+        """
+        if self._log_is_clean:
+            return
+        (patience_ms,) = self._connection.execute("PRAGMA busy_timeout").fetchone()
+        self._connection.execute("PRAGMA busy_timeout = 0")
+        try:
+            with suppress(sqlite3.OperationalError):
+                busy, *_ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                self._log_is_clean = not busy
+        finally:
+            self._connection.execute(f"PRAGMA busy_timeout = {int(patience_ms)}")
+
     def note_rows(self, dataset: str, rows: int) -> None:
         """Remember that a dataset was announced with so many records."""
         self._connection.execute(
@@ -263,8 +287,8 @@ class Sessions:
             (_now(), note, *values),
         )
         if ended.rowcount > 0:
-            with suppress(sqlite3.OperationalError):  # somebody reads: the next checkpoint does it
-                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # old pages are in the log as well
+            self._log_is_clean = False
+            self.clean_log()
 
     def _advance(self, key: SessionKey, to: SessionState, **columns: bytes | str) -> Record:
         self._set(key, (_ORDER[_ORDER.index(to) - 1],), to=to, **columns)
@@ -296,7 +320,20 @@ class Sessions:
                 values,
             )
         ) as rows:
-            return [_record(row) for row in rows]
+            found = rows.fetchall()
+        return [record for row in found if (record := self._read(row)) is not None]
+
+    def _read(self, row: tuple[Any, ...]) -> Record | None:
+        """A session; None: it began under another version, whose offer this one cannot read, and is over."""
+        try:
+            return _record(row)
+        except ValidationError as error:
+            key = SessionKey(*row[:3])
+            words = {"participation": key.participation_id, "round": key.round_number, "attempt": key.attempt}
+            odd = ", ".join(".".join(map(str, one["loc"])) for one in error.errors())
+            log.error("session ended: its offer cannot be read", extra={**words, "reason": f"odd or missing: {odd}"})
+            self.end(key, "this version cannot read its offer")
+            return None
 
 
 def _record(row: tuple[Any, ...]) -> Record:

@@ -18,14 +18,17 @@ class MaskedBooks(PlainBooks):
 
     The spend is recorded at the first admission of a masked update of the vector, whatever the attempt; under
     `where: distributed` not before shares are revealed. Until then the vector counts as spent all the same, as does
-    whatever may have been admitted unheard: others may reveal their shares of a sum that it is in. No refusal discards
-    a vector, which another attempt of the round needs.
+    whatever may have been admitted unheard: others may reveal their shares of a sum that it is in. No answer changes
+    that once masked bytes may have left, not even one that says that they came to nothing. No refusal discards a
+    vector, which another attempt of the round needs.
     """
 
     def __init__(self, journal: Journal, release: Release, key: SessionKey, *, at_the_end: bool) -> None:
         super().__init__(journal, release)
         self._key = key
         self._at_the_end = at_the_end
+        self._may_have_left = False
+        """In this conversation. Those of earlier ones have left `unanswered` set, which nothing clears."""
 
     def asking(self) -> None:
         """Nothing of these bytes may have been heard of before that."""
@@ -33,9 +36,16 @@ class MaskedBooks(PlainBooks):
         self.journal.sessions.note_asking(self._key)
 
     def admitted(self) -> None:
-        """Record the spend, once a release."""
-        if not self._at_the_end:
+        """Record the spend, once a release; or leave it counted as unheard, whatever is answered from now on."""
+        if self._at_the_end:
+            self._may_have_left = True
+        else:
             super().admitted()
+
+    def answered(self, refusal: Refused) -> None:
+        """Nothing was admitted, unless masked bytes may be on their way, or were asked for unheard."""
+        if not self._may_have_left:
+            super().answered(refusal)
 
     def refused(self, refusal: Refused) -> HandedIn:
         """KEPT: the next offer of this attempt gets the same bytes. DISCARDED: this attempt is over for us."""

@@ -2,17 +2,21 @@
 
 A secured task is served in two pieces, so that nobody waits for anybody: what is kept of the update is computed as for
 any task, while its session exchanges keys and shares; once both are there, the update is masked and handed in. In
-between the agent claims other tasks. A session that has handed in goes on by itself until it has revealed its shares.
+between the agent claims other tasks. A session that is ready while another task is computed does not wait for that: its
+update is masked by a second child and handed in meanwhile. A session that has handed in goes on by itself until it has
+revealed its shares; if it is lost before, it is begun again after a pause.
 
 Sessions write nothing. They hand pieces of that to this thread, which does them whenever it looks (`tick`): between
 tasks, and all the time while a child works or an upload runs.
 """
 
 import logging
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 from uuid import UUID
@@ -26,9 +30,9 @@ from isthmus_worker.heart import Heart
 from isthmus_worker.journal import Journal, Release, key_of
 from isthmus_worker.messages import Mask, MaskKey
 from isthmus_worker.outcomes import Outcome
-from isthmus_worker.release import HandedIn, Outgoing, send
-from isthmus_worker.secured.checks import other_set_objections, others_of
-from isthmus_worker.secured.records import Record, SessionKey, session_key
+from isthmus_worker.release import LONGEST_PAUSE_S, HandedIn, Outgoing, send
+from isthmus_worker.secured.checks import other_sum_objections, others_of
+from isthmus_worker.secured.records import UPLOADED, Record, SessionKey, session_key
 from isthmus_worker.secured.sending import MaskedBooks, charge_before_revealing, charged_at_the_end
 from isthmus_worker.secured.session import Ending, Session
 from isthmus_worker.settings import Settings
@@ -44,6 +48,8 @@ MOST_PARKED: Final = 8
 """So many secured tasks may wait for their others at a time; with more, the agent claims nothing until one goes on."""
 PAST: Final = timedelta(hours=1)
 """So long after an attempt was to close, what the service never had of it is deleted; clocks may differ by that."""
+AGAIN_S: Final = 15.0
+"""So long after a session was lost it is begun again, the first time; then twice as long, and so on."""
 _LOOK_S: Final = 1.0
 
 
@@ -56,6 +62,16 @@ class Host(Protocol):
     client: Client
     journal: Journal
     trainer: Trainer
+    masker: Trainer
+    """Has no child but while it masks beside the trainer's."""
+
+    def objections(self, offer: TaskOffer) -> list[str]:
+        """Why nothing is released for an offer, as the policy and the ledger are now."""
+        ...
+
+    def looked(self) -> None:
+        """The main thread goes on."""
+        ...
 
     def compute(self, offer: TaskOffer, heart: Heart, unwanted: Callable[[], bool]) -> Release:
         """Have a task's bytes computed and journalled.
@@ -84,6 +100,12 @@ class SecuredTasks:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._open: dict[SessionKey, Session] = {}
+        self._due_at: dict[SessionKey, float] = {}
+        """When sessions are begun again that were lost after their upload."""
+        self._pause_s: dict[SessionKey, float] = {}
+        """How long the last pause before that was."""
+        self._beside: Callable[[], None] | None = None
+        """Set while something is done for a session beside a child's work: a sign of life for that."""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closed = threading.Event()
 
@@ -93,6 +115,16 @@ class SecuredTasks:
     def are_open(self) -> bool:
         """Whether there is any session."""
         return bool(self._open)
+
+    @property
+    def are_looked_after(self) -> bool:
+        """Whether there is any, or will be without an offer."""
+        return bool(self._open or self._due_at)
+
+    @property
+    def due_s(self) -> float:
+        """In how many seconds one has to be begun again."""
+        return max(0.0, min(self._due_at.values(), default=math.inf) - time.monotonic())
 
     @property
     def is_full(self) -> bool:
@@ -105,6 +137,7 @@ class SecuredTasks:
 
     def tick(self) -> None:
         """Do what sessions have asked for."""
+        self._host.looked()
         while True:
             try:
                 piece = self._inbox.get_nowait()
@@ -127,7 +160,27 @@ class SecuredTasks:
 
     def advance(self) -> Outcome | None:
         """Close one session that has ended, or mask and hand in for one that is ready; None: there is none."""
-        for session in list(self._open.values()):
+        return self._advance(lambda _session: True)
+
+    def advance_meanwhile(self, working: TaskOffer, alive: Callable[[], None]) -> None:
+        """The same while a child works at a task; called from within. Its own session is left to whoever has it done.
+
+        Args:
+            working: the task.
+            alive: a sign of life for it. Nobody hears its child meanwhile; once this returns, what it has said counts.
+        """
+        if self._beside is not None:
+            return
+        self._beside = alive
+        try:
+            self._advance(lambda session: session.offer.task_id != working.task_id)
+        finally:
+            self._beside = None
+            self._host.masker.stop()
+
+    def _advance(self, is_meant: Callable[[Session], bool]) -> Outcome | None:
+        self._begin_again()
+        for session in filter(is_meant, list(self._open.values())):
             if session.ended is not None:
                 return self._conclude(session)
             if session.masks_known and session.heart is not None and self._vector(session.offer) is not None:
@@ -166,7 +219,7 @@ class SecuredTasks:
             self._drop(session, Ending.OVER, str(refusal))
             return host.refuse(offer, str(refusal), refusal.where)
         except WorkFailed as failure:
-            self._drop(session, Ending.OVER, str(failure))
+            self._drop(session, Ending.LOST, str(failure))
             return host.fail(offer, str(failure), failure.where)
         except WorkCancelled:
             return self._conclude(session)
@@ -195,7 +248,9 @@ class SecuredTasks:
                 continue
             try:
                 outcome, reason = self._hand_in(record, release, self._standing_of(record), None)
-            except (WorkFailed, ProtocolViolation) as error:
+            except WorkFailed as error:  # the next offer of this attempt, or the next start, has it masked again
+                outcome, reason = HandedIn.KEPT, str(error)
+            except ProtocolViolation as error:
                 sessions.end(record.key, str(error))
                 outcome, reason = HandedIn.DISCARDED, str(error)
             words = {"job": offer.job, "round": offer.round_number, "outcome": outcome, "reason": reason}
@@ -204,7 +259,10 @@ class SecuredTasks:
             self._start(record, None)
 
     def tidy(self) -> None:
-        """Delete secrets of attempts that were to close long ago, and masked updates that nobody will send any more."""
+        """Delete secrets of attempts that were to close long ago, and masked updates that nobody will send any more.
+
+        And whatever else the journal holds that has become too old.
+        """
         for record in self._host.journal.sessions.past(PAST):
             if record.key not in self._open:
                 self._host.journal.sessions.end(record.key, "its round is over")
@@ -212,6 +270,7 @@ class SecuredTasks:
         for path in self._host.state.masked.iterdir():
             if path not in wanted:
                 path.unlink(missing_ok=True)
+        self._host.journal.tidy()
 
     def close(self) -> None:
         """Stop all sessions; what they ask for is not done any more."""
@@ -278,8 +337,8 @@ class SecuredTasks:
 
     def _keep_survivors(self, session: Session, answer: bytes) -> None:
         key, sessions = session.record.key, self._host.journal.sessions
-        revealed = sessions.revealed_sets(key.participation_id, key.round_number)
-        if found := other_set_objections(revealed, session.standing.survivor_names()):
+        revealed = sessions.revealed_sums(key.participation_id, key.round_number)
+        if found := other_sum_objections(revealed, session.standing.summed()):
             raise ProtocolViolation(" ".join(found))
         sessions.keep_survivors(key, answer)
 
@@ -290,7 +349,7 @@ class SecuredTasks:
             if release is None or record.receipt is None:
                 raise ProtocolViolation("This worker has no account any more of what it would reveal.")
             charge_before_revealing(journal, release, UpdateReceipt.model_validate_json(record.receipt))
-        journal.sessions.keep_revealed(key, session.standing.survivor_names())
+        journal.sessions.keep_revealed(key, session.standing.summed())
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 
@@ -298,8 +357,27 @@ class SecuredTasks:
         announced = self._host.journal.sessions.announced_rows(record.offer.dataset)
         session = Session(self._host.client, record, lambda: self._standing_of(record, announced), self, heart)
         self._open[record.key] = session
+        self._due_at.pop(record.key, None)
         session.start()
         return session
+
+    def _begin_again(self) -> None:
+        """Go on with sessions that were lost after their upload, as at a start, if their pause is over."""
+        for key in [key for key, due_at in self._due_at.items() if due_at <= time.monotonic()]:
+            del self._due_at[key]
+            record = self._host.journal.sessions.find(key)
+            if record is not None:
+                log.info("secured round taken up again", extra={"task": record.offer.task_id, "state": record.state})
+                self._start(record, None)
+
+    def _lost(self, session: Session) -> None:
+        """Look again later, where the service has the update and its round may still be open."""
+        key = session.record.key
+        record = self._host.journal.sessions.find(key)
+        if record is None or record.state not in UPLOADED or datetime.now(UTC) > record.offer.closes_at + PAST:
+            return
+        self._pause_s[key] = min(LONGEST_PAUSE_S, 2 * self._pause_s.get(key, AGAIN_S / 2))
+        self._due_at[key] = time.monotonic() + self._pause_s[key]
 
     def _standing_of(self, record: Record, announced: frozenset[int] | None = None) -> "Standing":
         """Imported when it is needed: cryptography takes its time."""
@@ -324,6 +402,11 @@ class SecuredTasks:
         if how is Ending.BROKEN:
             log.error("secured round left: a rule is broken", extra=words)
             return self._host.refuse(session.offer, reason) if held else Outcome.REFUSED
+        if how is Ending.SPOILT:
+            log.error("secured round left: somebody else may have broken a rule", extra=words)
+            return self._host.fail(session.offer, reason) if held else Outcome.CANCELLED
+        if how is Ending.LOST:
+            self._lost(session)
         log.info("secured round left", extra=words)
         return Outcome.CANCELLED
 
@@ -334,7 +417,8 @@ class SecuredTasks:
             session.heart.end()
         if self._open.get(session.record.key) is session:
             del self._open[session.record.key]
-        if how is not Ending.LOST:
+        if how not in (Ending.LOST, Ending.SPOILT):
+            self._pause_s.pop(session.record.key, None)
             self._host.journal.sessions.end(session.record.key, reason or how.value)
             self._masked_path(session.record.key).unlink(missing_ok=True)
 
@@ -348,12 +432,15 @@ class SecuredTasks:
         host, offer, heart = self._host, session.offer, session.heart
         release = self._vector(offer)
         assert release is not None and heart is not None, "only sessions that are ready are handed in"  # noqa: PT018
+        if found := host.objections(offer):  # much may have been spent since it was parked
+            self._drop(session, Ending.OVER, " ".join(found))
+            return host.refuse(offer, " ".join(found))
         session.is_handing_in = True
         try:
             record = host.journal.sessions.get(session.record.key)
             outcome, reason = self._hand_in(record, release, session.standing, heart)
         except WorkFailed as failure:
-            self._drop(session, Ending.OVER, str(failure))
+            self._drop(session, Ending.LOST, str(failure))
             return host.fail(offer, str(failure), failure.where)
         except ProtocolViolation as violation:
             self._drop(session, Ending.BROKEN, violation.reason)
@@ -384,7 +471,14 @@ class SecuredTasks:
         def on_progress() -> None:
             if heart is not None:
                 heart.alive()
+            if self._beside is not None:
+                self._beside()
             self.tick()
+
+        def rest(seconds: float) -> None:
+            for piece in range(math.ceil(seconds / _LOOK_S)):
+                on_progress()
+                host.rest(min(_LOOK_S, seconds - piece * _LOOK_S))
 
         def lost() -> bool:
             on_progress()
@@ -399,7 +493,7 @@ class SecuredTasks:
                 Outgoing(offer.task_id, offer.fence, path, digest),
                 books,
                 service_public_key=host.credentials.service_public_key,
-                sleep=host.rest,
+                sleep=rest,
                 on_progress=on_progress,
                 wanted=lambda: not lost(),
             )
@@ -427,7 +521,8 @@ class SecuredTasks:
             weight_share=standing.weight_share(),
         )
         try:
-            done = self._host.trainer.mask(order, lambda _progress: None, unwanted)
+            trainer = self._host.trainer if self._beside is None else self._host.masker
+            done = trainer.mask(order, lambda _progress: None, unwanted)
         except WorkRefused as refusal:
             raise WorkFailed(str(refusal), refusal.where) from refusal
         if record.masked_digest is None:

@@ -44,8 +44,9 @@ class Ending(StrEnum):
 
     DONE = "done"  # our shares are revealed
     BROKEN = "broken"  # a rule is broken: we leave, and reveal nothing
+    SPOILT = "spoilt"  # the same, and a peer may have done it: another attempt, with other keys, may go well
     OVER = "over"  # the service goes on without us, or not at all: these keys are of no use any more
-    LOST = "lost"  # the lease is lost, or we stop: what is kept may go on with the next offer of this attempt
+    LOST = "lost"  # the lease is lost, work broke, or we stop: what is kept may go on with the same attempt
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ class Session(threading.Thread):
         except _Left as left:
             self.ended = left.ended
         except ProtocolViolation as violation:
-            self.ended = Ended(Ending.BROKEN, violation.reason)
+            how = Ending.BROKEN if violation.peer is None else Ending.SPOILT
+            self.ended = Ended(how, violation.reason)
         except Exception as error:
             log.exception("unexpected", extra={"job": self.offer.job, "task": self.offer.task_id})
             self.ended = Ended(Ending.BROKEN, f"An unexpected {type(error).__name__} ended the session.")
@@ -195,7 +197,7 @@ class Session(threading.Thread):
             began = time.monotonic()
             try:
                 answer = self._client.tasks.exchange(
-                    self.offer.task_id, step, message, fence=self.offer.fence, wait_s=_a_poll_s() if waits else 0
+                    self.offer.task_id, step, message, fence=self.offer.fence, wait_s=self._poll_s() if waits else 0
                 )
             except (Unreachable, TimedOut, BadResponse) as error:
                 attempt += 1
@@ -223,8 +225,15 @@ class Session(threading.Thread):
 
     def _rest(self, seconds: float, why: str) -> None:
         log.debug("step not answered", extra={"task": self.offer.task_id, "reason": why, "again_in_s": seconds})
-        self._sign_of_life()
-        self._pause.wait(min(seconds, LONGEST_PAUSE_S))
+        until = time.monotonic() + min(seconds, LONGEST_PAUSE_S)
+        while (left_s := until - time.monotonic()) > 0 and not self._pause.is_set():
+            self._sign_of_life()
+            self._pause.wait(min(left_s, TICK_S))
+
+    def _poll_s(self) -> int:
+        """Short enough that a heart hears of this thread between any two polls."""
+        heart = self.heart
+        return _a_poll_s() if heart is None else min(_a_poll_s(), int(heart.max_silence_s / 2))
 
     def _sign_of_life(self) -> None:
         heart = self.heart

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from isthmus.secagg.client import (
     Keyed,
@@ -23,11 +24,12 @@ from isthmus.secagg.reading import Reader
 from isthmus.secagg.roster import Roster
 from isthmus.secagg.violations import ProtocolViolation
 from isthmus.wire.rounds import TaskOffer
+from isthmus.wire.secured import terms_digest
 from isthmus_worker.secured.checks import (
     largest_weight,
-    names_of,
     needed_of,
     own_place_objections,
+    summed_of,
     too_few,
 )
 from isthmus_worker.secured.records import Record
@@ -72,7 +74,7 @@ class Standing:
             found.open_survivors(record.survivors)
         return found
 
-    @property
+    @cached_property  # a model may have thousands of tensors, and each message asks for it
     def context(self) -> bytes:
         """What all keys and signatures of the attempt are bound to."""
         secured = self.offer.secured
@@ -81,6 +83,7 @@ class Standing:
             round_id=secured.round_id,
             spec_digest=self.offer.spec_digest,
             model_digest=self.offer.model.digest,
+            terms_digest=terms_digest(self.offer.model_manifest, self.offer.statistics, self.offer.plan),
             roster_digest=secured.roster_digest,
             round_number=self.offer.round_number,
             attempt=self.offer.attempt,
@@ -162,9 +165,9 @@ class Standing:
         """
         self._survivors = open_survivors(self.index, self.shared, answer, needed=needed_of(self.offer))
 
-    def survivor_names(self) -> tuple[str, ...]:
-        """organization/dataset of those who are in the sum."""
-        return names_of(self.keyed.roster, self.survivors)
+    def summed(self) -> str:
+        """What the sum is made of: see `checks.summed_of`."""
+        return summed_of(self.keyed, self.survivors)
 
     def survivors_message(self) -> bytes:
         """Our signature of who is in the sum."""

@@ -101,6 +101,7 @@ def policy_text(view: DatasetView) -> Group:
             ("max rounds", policy.max_rounds),
             ("exact metrics", policy.allow_exact_metrics),
             ("exact statistics", policy.allow_exact_statistics),
+            ("secure aggregation", "required" if policy.require_secure_aggregation else "not required"),
             ("approval", f"by rule: {rule.grant_days} days, {rule.max_rounds} rounds" if rule else "by a steward"),
         ]
     )
