@@ -13,7 +13,7 @@ from uuid import UUID
 
 import structlog
 from procrastinate import App as Queue
-from sqlalchemy import delete, select, text, update
+from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.database import clock
@@ -26,6 +26,7 @@ from app.retention import EVERY as ORPHANS_EVERY
 from app.retention import collect_orphans
 from app.rounds.aggregation import aggregate_round
 from app.rounds.closing import settle
+from app.rounds.discarding import delete_blobs
 from app.rounds.offers import lapse_leases, list_lapsed
 from app.rounds.opening import begin_if_enough
 from app.rounds.queries import get_job, hold_round, list_due_rounds, list_waiting_jobs
@@ -169,12 +170,9 @@ async def delete_discarded(parts: Parts) -> None:
     """Delete blobs that a committed transaction discarded, and that whoever committed it has not deleted."""
     try:
         async with parts.single_statements() as session:
-            keys = (await session.scalars(select(DiscardedBlob.key).limit(DISCARDED_AT_ONCE))).all()
-        for key in keys:
-            await parts.blobs.delete(key)
-        if keys:
-            async with parts.single_statements() as session:
-                await session.execute(delete(DiscardedBlob).where(DiscardedBlob.key.in_(keys)))
+            keys = await session.scalars(select(DiscardedBlob.key).order_by(func.random()).limit(DISCARDED_AT_ONCE))
+        # In any order: so many that cannot be deleted do not stand before the others for ever.
+        await delete_blobs(parts, keys.all())
     except Exception as error:
         log.warning("discarded blobs were not deleted; it is tried again", error=repr(error))
 

@@ -14,8 +14,8 @@ begins among those at once (`ROSTER_SHRUNK`), which uses none of the attempts up
 to the round's own deadline.
 
 Once a share was told, members tell shares again only for the very same sum: whoever saw two sums of a round could
-subtract them. So from then on the round is *bound*: every new attempt asks exactly the survivors of that one, needs them
-all, and where that cannot be the round fails at once.
+subtract them. So from then on the round is *bound*: every new attempt asks exactly the survivors of that one and needs
+them all, and where that cannot be the round fails at once.
 """
 
 from dataclasses import dataclass
@@ -68,13 +68,13 @@ class SecuredState:
         arrived: messages of this step, or updates, that are in and count.
         awaited: members whose message may still come.
         needed: with fewer the attempt does not go on: members up to the freeze, then signatures, then answers.
-        target: with so many the step closes at once; at least `needed`. Keys and shares wait for everybody all the same.
+        target: with so many the step closes at once; at least `needed`. Keys and shares wait for everybody.
         tried: so many answers did not fit together; 0 before that.
         attempt, attempts: of the round.
         bound: shares were told, so a new attempt is of the same survivors, or there is none.
         staying: those whose keys are in and who may be asked anew. Looked at only where a smaller roster is due.
-        again: who would be asked in a new attempt. Looked at only where this one cannot go on; nobody where the round is
-            bound to some who cannot all be asked.
+        again: who would be asked in a new attempt. Looked at only where this one cannot go on; 0 where the round is
+            bound to members who cannot all be asked.
         able: participations of the job that may be asked now. Looked at only where this attempt cannot go on.
         min_updates: a new attempt needs so many.
         step_closes_at: until then the step waits for everybody; None: until the round's deadline.
@@ -158,7 +158,9 @@ def _uploading(state: SecuredState, now: datetime) -> bool:
     return state.uploading_until is not None and now < state.uploading_until
 
 
-def due_secured_event(state: SecuredState, now: datetime) -> RoundEvent | None:
+def due_secured_event(  # noqa: PLR0911 -- it reads as a list of cases
+    state: SecuredState, now: datetime
+) -> RoundEvent | None:
     """What the passing of time and messages asks of the round at `now`; None if it should wait.
 
     Args:

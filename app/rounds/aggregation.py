@@ -13,7 +13,7 @@ from uuid import UUID
 
 import anyio.to_thread
 import structlog
-from sqlalchemy import delete, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit.service import append, job_stream
@@ -24,8 +24,9 @@ from app.errors import BudgetExhausted, NotFound
 from app.federation.lifecycle import RoundEvent, advance_round
 from app.federation.pooling import pool_metrics
 from app.ledger.pricing import noises_the_sum
-from app.models import Checkpoint, DiscardedBlob, Job, Participation, Round
+from app.models import Checkpoint, Job, Participation, Round
 from app.rounds.central import price_ahead, spend_for_noise
+from app.rounds.discarding import delete_blobs
 from app.rounds.ending import fail, forget_inputs
 from app.rounds.opening import proceed
 from app.rounds.queries import Contribution, hold_round, list_contributions
@@ -130,7 +131,7 @@ async def aggregate_round(parts: Parts, round_id: UUID) -> None:
             return
         async with parts.sessions.begin() as session:
             forgotten = await _complete(session, plan, result)
-        await _delete(parts, forgotten)
+        await delete_blobs(parts, forgotten)
         parts.meters.aggregations.labels("published").inc()
         parts.meters.aggregation_seconds.observe(time.perf_counter() - began)
 
@@ -359,16 +360,6 @@ def write_aggregate(
                 threads=FOLD_THREADS,
             )
     return files.digests()
-
-
-async def _delete(parts: Parts, keys: Sequence[str]) -> None:
-    """Delete what a committed transaction discarded. A process that is killed here leaves the rest to the sweep."""
-    if not keys:
-        return
-    for key in keys:
-        await parts.blobs.delete(key)
-    async with parts.single_statements() as session:
-        await session.execute(delete(DiscardedBlob).where(DiscardedBlob.key.in_(keys)))
 
 
 async def _ask_for_more(parts: Parts, plan: _Plan, suspects: Sequence[int]) -> None:

@@ -2,7 +2,8 @@
 
 from datetime import datetime
 
-from sqlalchemy import delete, func, insert, literal, select, update
+from sqlalchemy import delete, func, literal, select, update
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit.service import append, job_stream
@@ -18,7 +19,7 @@ from isthmus.wire.jobs import JobReason
 from isthmus.wire.rounds import TaskState
 
 
-async def exhaust(session: AsyncSession, job: Job, of: Round, now: datetime, *, why: str = "") -> None:
+async def exhaust(session: AsyncSession, job: Job, of: Round, now: datetime) -> None:
     """The round cannot be filled, and with it the job fails; the reason names who did not come and why."""
     missing = await session.execute(
         select(Task.state, Task.detail, func.count())
@@ -30,7 +31,7 @@ async def exhaust(session: AsyncSession, job: Job, of: Round, now: datetime, *, 
     whys = [f"{count} {state.value}" + (f" ({detail})" if detail else "") for state, detail, count in missing]
     detail = (
         f"Round {of.number} has {of.accepted} of at least {of.min_updates} updates after {of.attempt} of {of.attempts} "
-        f"attempts; {why}missing: {'; '.join(whys) or 'nobody is left to ask'}."
+        f"attempts; missing: {'; '.join(whys) or 'nobody is left to ask'}."
     )
     await fail(session, job, of, RoundEvent.ATTEMPTS_EXHAUSTED, JobReason.ROUND_FAILED, detail, now)
 
@@ -86,7 +87,6 @@ async def forget_inputs(session: AsyncSession, job: Job, of: Round, now: datetim
     if not noised and not secured:
         return []
     discarded = await discard_updates(session, of, now)
-    await session.execute(update(Update).where(Update.round_id == of.id).values(blob_key=None))
     if noised:
         await session.execute(update(Round).where(Round.id == of.id).values(noise_key=None))
     if secured:
@@ -104,9 +104,13 @@ async def discard_updates(session: AsyncSession, of: Round, now: datetime) -> li
                 Update.round_id == of.id, Update.blob_key.is_not(None)
             ),
         )
+        .on_conflict_do_nothing()
         .returning(DiscardedBlob.key)
     )
-    return list(found)
+    keys = list(found)
+    # So they are discarded once: an update that was excluded outlives the attempt that it was in.
+    await session.execute(update(Update).where(Update.round_id == of.id).values(blob_key=None))
+    return keys
 
 
 async def forget_attempt(session: AsyncSession, of: Round) -> None:

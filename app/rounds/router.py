@@ -303,18 +303,19 @@ async def exchange(
     with parts.wakeups.step(taken.round_id, heard) as woken:
         if taken.closed:
             woken.set()
-        while True:
+        while not parts.wakeups.closing or woken.is_set():
             try:
                 async with asyncio.timeout(ends - time.monotonic()):
                     await woken.wait()
             except TimeoutError:
-                break
+                if parts.wakeups.connected.is_set():
+                    break
             woken.clear()
             async with parts.single_statements() as session:
                 answer = await steps.find_answer(session, task_id, worker_id, fence, step)
             if answer is not None:
                 return Response(answer, media_type=SECAGG_MEDIA_TYPE)
-            if parts.wakeups.closing:
+            if time.monotonic() >= ends:
                 break
     soon = wait >= 1 and not parts.wakeups.closing  # a caller that waits here is paced by its waiting
     return Response(status_code=202, headers={"Retry-After": "0" if soon else "1"})

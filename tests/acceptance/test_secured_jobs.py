@@ -316,7 +316,8 @@ def offered_to(opened: Ground, organization: str) -> list[str]:
     with opened.record() as record:
         rows = record.rows(
             "SELECT j.name FROM tasks t JOIN jobs j ON j.id = t.job_id"
-            " JOIN participations p ON p.id = t.participation_id JOIN datasets d ON d.id = p.dataset_id JOIN organizations o ON o.id = d.organization_id"
+            " JOIN participations p ON p.id = t.participation_id JOIN datasets d ON d.id = p.dataset_id"
+            " JOIN organizations o ON o.id = d.organization_id"
             " WHERE o.name = %s AND t.state = 'offered' ORDER BY t.offered_at, t.id",
             organization,
         )

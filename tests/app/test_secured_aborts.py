@@ -414,7 +414,9 @@ def lie(member: Masking) -> bytes:
     return bytes(told)
 
 
-def test_a_wrong_share_is_found_and_one_more_answer_unmasks_the_sum(make_federation: MakeFederation) -> None:
+def test_a_wrong_share_is_found_and_the_one_answer_that_is_left_unmasks_the_sum(
+    make_federation: MakeFederation,
+) -> None:
     federation = make_federation(sites=4)
     job = federation.start(secured_spec())
     members = enter(federation.sites)

@@ -11,9 +11,9 @@ import pytest
 
 from app.coordinator import sweep
 from app.main import open_parts
-from app.rounds import aggregation
+from app.rounds import aggregation, discarding
 from app.rounds.aggregation import aggregate_round
-from app.rounds.secured import closing, steps
+from app.rounds.secured import again, closing, steps
 from app.settings import Settings
 from isthmus.client import Client, Refused, Unreachable
 from isthmus.wire.events import EventKind
@@ -128,7 +128,7 @@ def test_blobs_that_a_killed_process_did_not_delete_are_deleted_by_the_next_swee
     job = federation.start(secured_spec())
     members = enter(federation.sites)
     go(members)
-    monkeypatch.setattr(aggregation, "_delete", Once(aggregation._delete, "before"))
+    monkeypatch.setattr(aggregation, "delete_blobs", Once(discarding.delete_blobs, "before"))
     settings = Settings(database_url=federation.platform.database_url, data_dir=federation.folder / "data")
 
     async def sum_it() -> None:
@@ -155,8 +155,8 @@ def test_an_attempt_whose_giving_up_breaks_is_given_up_once(
     job = federation.start(secured_spec())
     members = enter(federation.sites)
     go(members, through=Step.UPDATE)
-    broken = Once(closing._begin_again, "after")
-    monkeypatch.setattr(closing, "_begin_again", broken)
+    broken = Once(again.begin_again, "after")
+    monkeypatch.setattr(closing, "begin_again", broken)
 
     federation.platform.execute("UPDATE secured_attempts SET step_closes_at = clock_timestamp()")
     federation.until(lambda: federation.researcher.jobs.round(job.id, 1).attempt == 2)

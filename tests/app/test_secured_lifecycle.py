@@ -51,8 +51,11 @@ def at(step: Step, **changes: Any) -> SecuredState:
         awaited=5,
         needed=4,
         target=4 if frozen else 5,
+        tried=0,
         attempt=1,
         attempts=3,
+        bound=False,
+        staying=0,
         again=5,
         able=5,
         min_updates=3,
@@ -71,9 +74,9 @@ EVERYWHERE: dict[str, tuple[dict[str, Any], datetime, str | RoundEvent | None]] 
     "enough, and nobody else may come": ({"arrived": 4, "awaited": 0}, BEFORE, "closes"),
     "enough at the moment": ({"arrived": 4, "awaited": 1}, NOON, "closes"),
     "too few and too few may come": ({"arrived": 2, "awaited": 1}, BEFORE, GIVEN_UP),
-    "too few and nobody may come": ({"arrived": 3, "awaited": 0}, BEFORE, GIVEN_UP),
+    "too few and nobody may come": ({"arrived": 2, "awaited": 0}, BEFORE, GIVEN_UP),
     "just enough may still come": ({"arrived": 3, "awaited": 1}, BEFORE, None),
-    "too few when the time is over": ({"arrived": 3, "awaited": 2}, NOON, GIVEN_UP),
+    "too few when the time is over": ({"arrived": 2, "awaited": 3}, NOON, GIVEN_UP),
     "nobody came": ({}, NOON, GIVEN_UP),
     "given up for the last time": ({"attempt": 3}, NOON, RoundEvent.ATTEMPTS_EXHAUSTED),
     "nobody is left for a new attempt": ({"again": 2, "able": 3}, NOON, RoundEvent.ATTEMPTS_EXHAUSTED),
@@ -81,6 +84,9 @@ EVERYWHERE: dict[str, tuple[dict[str, Any], datetime, str | RoundEvent | None]] 
     "the last attempt, and grants lack": (
         {"attempt": 3, "again": 2, "able": 2}, NOON, RoundEvent.ATTEMPTS_EXHAUSTED,
     ),
+    "bound to all, and all may be asked": ({"bound": True, "arrived": 3}, NOON, GIVEN_UP),
+    "bound to somebody who may not be asked": ({"bound": True, "again": 0}, NOON, RoundEvent.ATTEMPTS_EXHAUSTED),
+    "bound, and grants lack": ({"bound": True, "again": 0, "able": 2}, NOON, RoundEvent.ATTEMPTS_EXHAUSTED),
     "as many for a new attempt as it needs": ({"again": 3, "able": 3}, NOON, GIVEN_UP),
     "paused, too few when the time is over": ({"paused": True, "arrived": 3}, MUCH_LATER, None),
     "paused and hopeless": ({"paused": True, "arrived": 0, "awaited": 1}, MUCH_LATER, None),
@@ -100,9 +106,35 @@ def test_what_is_due_in_every_step(
 
 
 BUT: dict[str, tuple[SecuredState, datetime, RoundEvent | None]] = {
-    "keys that are too few are waited for until the round's own deadline": (
-        at(Step.KEYS, arrived=3, awaited=2, closes_at=AFTER), NOON, None,
+    "keys that are too few for any roster are waited for until the round's own deadline": (
+        at(Step.KEYS, arrived=2, awaited=3, closes_at=AFTER), NOON, None,
     ),
+    "keys that are enough for a smaller roster have the step's time": (
+        at(Step.KEYS, arrived=3, awaited=2, staying=3, closes_at=MUCH_LATER), BEFORE, None,
+    ),
+    "then the roster shrinks": (
+        at(Step.KEYS, arrived=3, awaited=2, staying=3, closes_at=MUCH_LATER), NOON, RoundEvent.ROSTER_SHRUNK,
+    ),
+    "it shrinks at once where nobody else may come": (
+        at(Step.KEYS, arrived=3, awaited=0, staying=3), BEFORE, RoundEvent.ROSTER_SHRUNK,
+    ),
+    "whoever may still come has the step's time, though too few for this roster": (
+        at(Step.KEYS, arrived=3, awaited=1, needed=5, staying=3), BEFORE, None,
+    ),
+    "a smaller roster uses up no attempt": (
+        at(Step.KEYS, arrived=3, staying=3, attempt=3), NOON, RoundEvent.ROSTER_SHRUNK,
+    ),
+    "a roster does not shrink to those who may not be asked": (
+        at(Step.KEYS, arrived=3, awaited=2, staying=2, closes_at=AFTER), NOON, None,
+    ),
+    "and is asked anew at the deadline": (at(Step.KEYS, arrived=3, awaited=2, staying=2), NOON, GIVEN_UP),
+    "a paused round's roster does not shrink": (
+        at(Step.KEYS, arrived=3, awaited=2, staying=3, paused=True), MUCH_LATER, None,
+    ),
+    "a bound round's roster does not shrink": (
+        at(Step.KEYS, arrived=3, awaited=2, staying=3, bound=True), MUCH_LATER, GIVEN_UP,
+    ),
+    "shares do not make a smaller roster": (at(Step.SHARES, arrived=3, awaited=2, staying=3), NOON, GIVEN_UP),
     "shares that are too few are not": (
         at(Step.SHARES, arrived=3, awaited=2, closes_at=MUCH_LATER), NOON, GIVEN_UP,
     ),
@@ -112,8 +144,11 @@ BUT: dict[str, tuple[SecuredState, datetime, RoundEvent | None]] = {
     "enough keys before that wait for everybody": (
         at(Step.KEYS, arrived=4, awaited=1, closes_at=BEFORE), BEFORE, None,
     ),
-    "as many keys as the round wants do not": (
-        at(Step.KEYS, arrived=4, awaited=1, target=4), BEFORE, RoundEvent.KEYS_CLOSED,
+    "as many keys as the round wants wait for everybody too": (
+        at(Step.KEYS, arrived=4, awaited=1, target=4), BEFORE, None,
+    ),
+    "as many shares as the round wants wait for everybody too": (
+        at(Step.SHARES, arrived=4, awaited=1, target=4), BEFORE, None,
     ),
     "enough updates wait for the others": (at(Step.UPDATE, arrived=4, awaited=1), BEFORE, None),
     "as many updates as the round wants do not": (
@@ -137,7 +172,16 @@ BUT: dict[str, tuple[SecuredState, datetime, RoundEvent | None]] = {
     "a paused round's signatures are taken": (
         at(Step.SURVIVORS, arrived=4, awaited=1, paused=True), BEFORE, RoundEvent.SURVIVORS_SIGNED,
     ),
-    "one answer more after wrong shares": (at(Step.UNMASK, arrived=4, awaited=1, needed=5, target=5), BEFORE, None),
+    "more answers after wrong shares": (
+        at(Step.UNMASK, arrived=4, awaited=1, needed=5, target=5, tried=4), BEFORE, None,
+    ),
+    "fewer of them than hoped for are tried all the same when the time is over": (
+        at(Step.UNMASK, arrived=5, awaited=1, needed=6, target=6, tried=4), NOON, RoundEvent.UNMASKED,
+    ),
+    "but not before": (at(Step.UNMASK, arrived=5, awaited=1, needed=6, target=6, tried=4), BEFORE, None),
+    "those that were tried are not tried again": (
+        at(Step.UNMASK, arrived=4, awaited=1, needed=5, target=5, tried=4), NOON, GIVEN_UP,
+    ),
 }  # fmt: skip
 
 
@@ -148,7 +192,7 @@ def test_what_is_due_in_some_steps_alone(state: SecuredState, now: datetime, eve
 
 @pytest.mark.parametrize("step", STEPS)
 def test_an_attempt_is_given_up_for_want_of_what_its_step_asks_for(step: Step) -> None:
-    assert abort_reason(at(step, arrived=3), MUCH_LATER) is LACKING[step]
+    assert abort_reason(at(step, arrived=2), MUCH_LATER) is LACKING[step]
     assert abort_reason(at(step, arrived=4), MUCH_LATER) is None
     assert abort_reason(at(step, arrived=3), BEFORE) is None
 
@@ -177,8 +221,11 @@ def states(draw: st.DrawFn) -> SecuredState:
         awaited=draw(counts),
         needed=needed,
         target=target,
+        tried=draw(counts) if step is Step.UNMASK else 0,
         attempt=draw(st.integers(1, 4)),
         attempts=draw(st.integers(1, 4)),
+        bound=draw(st.booleans()),
+        staying=draw(counts),
         again=draw(counts),
         able=draw(counts),
         min_updates=draw(st.integers(3, 6)),
@@ -198,7 +245,22 @@ def test_what_is_due_happens_to_a_round_in_that_phase(state: SecuredState, now: 
 @given(states(), moments)
 def test_a_step_never_closes_with_fewer_than_are_needed(state: SecuredState, now: datetime) -> None:
     if due_secured_event(state, now) is CLOSES[state.step]:
-        assert state.arrived >= state.needed
+        assert state.arrived >= (min(state.needed, state.tried + 1) if state.tried else state.needed)
+
+
+@given(states(), moments)
+def test_a_roster_shrinks_only_to_as_many_as_the_job_asks_for(state: SecuredState, now: datetime) -> None:
+    if due_secured_event(state, now) is RoundEvent.ROSTER_SHRUNK:
+        assert state.step is Step.KEYS
+        assert state.min_updates <= min(state.staying, state.arrived)
+        assert not state.bound
+        assert not state.paused
+
+
+@given(states(), moments)
+def test_a_bound_round_has_no_other_attempt_than_of_those_it_is_bound_to(state: SecuredState, now: datetime) -> None:
+    if state.bound and state.again == 0:
+        assert due_secured_event(state, now) in (None, CLOSES[state.step], RoundEvent.ATTEMPTS_EXHAUSTED)
 
 
 @given(states(), moments)

@@ -37,6 +37,7 @@ def _points(program: str, *rows: tuple[str, ...], variant: str = "") -> list[Poi
 
 _STEPS: Final = "app.rounds.secured.steps"
 _CLOSING: Final = "app.rounds.secured.closing"
+_AGAIN: Final = "app.rounds.secured.again"
 _UNMASKING: Final = "app.rounds.secured.unmasking"
 _SESSIONS: Final = "isthmus_worker.secured.records:Sessions"
 _STANDING: Final = "isthmus_worker.secured.standing:Standing"
@@ -109,7 +110,7 @@ POINTS: Final[dict[str, Point]] = {
             ("sum-written", "after", f"{_UNMASKING}:write_sum", "the sum is a draft"),
             ("mean-written", "after", "app.rounds.aggregation:_write_mean_of_sum", "the next model is a draft"),
             ("attempt-forgotten", "after", "app.rounds.ending:forget_attempt", "roster and messages go, not committed"),
-            ("masked-undeleted", "before", "app.rounds.aggregation:_delete", "published, masked updates lie on"),
+            ("masked-undeleted", "before", "app.rounds.discarding:delete_blobs", "published, masked updates lie on"),
             variant="secured",
         ),
         *_points(
@@ -120,8 +121,8 @@ POINTS: Final[dict[str, Point]] = {
         ),
         *_points(
             COORDINATOR,
-            ("attempt-given-up", "before", f"{_CLOSING}:_begin_again", "too few stayed", "keys-kept"),
-            ("attempt-begun-again", "after", f"{_CLOSING}:_begin_again", "not committed", "keys-kept"),
+            ("attempt-given-up", "before", f"{_AGAIN}:begin_again", "too few stayed", "keys-kept"),
+            ("attempt-begun-again", "after", f"{_AGAIN}:begin_again", "not committed", "keys-kept"),
             variant="hasty",
         ),
         *_points(

@@ -280,9 +280,10 @@ BREAKS: dict[str, tuple[Break, str]] = {
     ),
     "a worker noised twice": (
         journal(
-            "INSERT INTO releases SELECT 99, participation_id, round_number, 'another model', spec_digest, kind,"
-            " 'prepared', job, dataset, task_id, fence, digest, size_bytes, 0, NULL, clip_norm, noise_multiplier,"
-            " prepared_at, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 FROM releases WHERE round_number = 2"
+            "INSERT INTO releases (id, participation_id, round_number, model_digest, spec_digest, kind, state, job,"
+            " dataset, task_id, fence, digest, size_bytes, noise_multiplier, prepared_at) SELECT 99, participation_id,"
+            " round_number, 'another model', spec_digest, kind, 'prepared', job, dataset, task_id, fence, digest,"
+            " size_bytes, noise_multiplier, prepared_at FROM releases WHERE round_number = 2"
         ),
         "noised twice for one round",
     ),

@@ -304,3 +304,17 @@ def test_an_agent_of_a_version_that_knows_no_vectors_finds_no_bytes_to_send(agen
     assert files() == [(None,)]
     agent.journal.recover()
     assert release.vector.exists()
+
+
+def test_a_journal_that_was_made_before_there_were_vectors_gets_a_column_for_them(
+    agent: Agent, service: FakeService
+) -> None:
+    agent.journal.connection.execute("ALTER TABLE releases DROP COLUMN vector")
+    again = reborn(agent)
+    try:
+        offer = service.offer_secured(SecuredRound(identity_of(again)))
+        assert Outcome.SUMMED in finish(again, service)
+        assert release_of(again, offer).vector is not None
+    finally:
+        again.close()
+        again.journal.close()

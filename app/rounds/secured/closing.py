@@ -6,20 +6,20 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from procrastinate import App as Queue
-from sqlalchemy import delete, select, update
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit.service import append, job_stream
 from app.errors import BudgetExhausted
 from app.federation.lifecycle import OPEN_TASKS, RoundEvent, advance_round
-from app.federation.secured_lifecycle import AbortReason, SecuredState, abort_reason, due_secured_event
+from app.federation.secured_lifecycle import AbortReason, SecuredState, abort_reason, due_secured_event, may_shrink
 from app.ledger.pricing import spends_when_summed
 from app.models import Job, Round, SecuredAttempt, SecuredMember, Task, Update
 from app.queue import AGGREGATE_ROUND, defer
-from app.rounds.ending import discard_updates, end_open_tasks, exhaust, fail, forget_attempt
-from app.rounds.offering import new_task, offer_again, pause_for_want, tell_reopened
-from app.rounds.queries import Candidate, list_candidates, list_unasked
-from app.rounds.secured.opening import open_attempt
+from app.rounds.ending import end_open_tasks, fail
+from app.rounds.offering import pause_for_want
+from app.rounds.secured.again import LEFT_BEHIND, begin_again, who_again, who_stays
+from app.rounds.secured.giving_up import give_round_up, tell_aborted
 from app.rounds.secured.queries import among, get_attempt, list_places, names_of, read_standing
 from app.rounds.secured.spending import spend_for_survivors
 from app.rounds.specs import spec_of
@@ -27,12 +27,10 @@ from app.wakeups import announce_change, announce_step
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobReason
 from isthmus.wire.rounds import OPEN_PHASES, RoundPhase, TaskState
-from isthmus.wire.secured import LARGEST_COHORT, Step
+from isthmus.wire.secured import Step
 
-LEFT_BEHIND: Final = (
-    "The step {step} closed without this participation: its message had not come. It is asked again if there is a new "
-    "attempt, and in the next round."
-)
+LIAR_COSTS: Final = 2
+"""Answers that one wrong one costs: with so many more than the threshold it is found and left out."""
 
 
 async def settle_secured(session: AsyncSession, queue: Queue, job: Job, of: Round, now: datetime) -> RoundEvent | None:
@@ -54,11 +52,13 @@ async def settle_standing(
     now: datetime,
 ) -> RoundEvent | None:
     """The same, for a round of which it was read how it stands."""
-    because = abort_reason(state, now)
-    again: list[_Asked] = []
-    if because is not None:
-        again, able = await _who_again(session, job, of, now)
-        state = replace(state, again=len(again), able=able)
+    because, anew = abort_reason(state, now), None
+    if may_shrink(state, now):
+        anew = await who_stays(session, job, of, now)
+        state = replace(state, staying=len(anew.asked))
+    if because is not None and state.staying < state.min_updates:
+        anew = await who_again(session, job, of, attempt, now)
+        state = replace(state, again=len(anew.asked), able=anew.able)
     event = due_secured_event(state, now)
     if event in (RoundEvent.KEYS_CLOSED, RoundEvent.SHARES_CLOSED):
         await _close_early_step(session, job, of, attempt, event, now)
@@ -68,17 +68,17 @@ async def settle_standing(
         await _open_unmasking(session, job, of, attempt, now)
     elif event is RoundEvent.UNMASKED:
         await _begin_aggregation(session, queue, job, of, now)
-    elif event is RoundEvent.ATTEMPT_ABORTED:
-        assert because is not None, "asked for above"
-        await _begin_again(session, job, of, attempt, because, again, now)
+    elif event in (RoundEvent.ROSTER_SHRUNK, RoundEvent.ATTEMPT_ABORTED):
+        assert anew is not None, "asked for above"
+        await tell_aborted(session, job, of, attempt, because or AbortReason.KEYS, now)
+        await begin_again(session, job, of, attempt, event, anew, now)
     elif event is RoundEvent.GRANTS_LACKING:
         of.phase = advance_round(of.phase, event)
         await pause_for_want(session, job, of.min_updates, now)
     elif event is RoundEvent.ATTEMPTS_EXHAUSTED:
-        assert because is not None, "asked for above"
-        await _tell_aborted(session, job, of, attempt, because, now)
-        told = f"the last one ended with {because.value.replace('-', ' ')}; "
-        await exhaust(session, job, of, now, why=told)
+        assert because is not None, "there is no other cause"
+        assert anew is not None, "asked for above"
+        await give_round_up(session, job, of, attempt, because, anew, now)
     return event
 
 
@@ -188,127 +188,31 @@ async def _begin_aggregation(session: AsyncSession, queue: Queue, job: Job, of: 
 async def ask_for_more(
     session: AsyncSession, queue: Queue, job: Job, of: Round, *, answers: int, suspects: Sequence[int], now: datetime
 ) -> None:
-    """Shares that were in do not fit together: wait for one answer more than there were. Needs the round's lock.
+    """Shares that were in do not fit together: wait for two answers more than there were. Needs the round's lock.
 
-    What has come meanwhile may do at once; where nobody is left to answer, the attempt is given up.
+    A liar costs two answers: its own, and one to find out which one it is. Two are not waited for where there is only
+    one left. What has come meanwhile may do at once; where nobody is left to answer, the attempt is given up.
     """
     attempt = await get_attempt(session, of.id)
     of.phase = advance_round(of.phase, RoundEvent.SHARES_WRONG)
-    attempt.answers_needed, attempt.progress = answers + 1, None
+    survivors = len(attempt.survivors or ())
+    attempt.answers_needed = min(answers + LIAR_COSTS, max(survivors, answers + 1))
+    attempt.answers_tried, attempt.progress = answers, None
     attempt.step_closes_at = now + timedelta(seconds=spec_of(job).cohort.deadline_s)
-    places = await list_places(session, of.id, Step.UNMASK)
+    named = names_of(await list_places(session, of.id, Step.UNMASK), suspects)
+    attempt.suspects = sorted({*(attempt.suspects or ()), *named})
     _tell(
         session,
         job,
         of,
         EventKind.SHARES_WRONG,
         now,
-        suspects=names_of(places, suspects),
+        suspects=named,
         answers=answers,
         answers_needed=attempt.answers_needed,
     )
     await settle_secured(session, queue, job, of, now)
     await announce_change(session, job.id, offers=False)
-
-
-_SAID_NO: Final = (TaskState.REFUSED, TaskState.CANCELLED)
-_Asked = tuple[Candidate, Task | None]
-"""Who is asked in a new attempt, and by which task; None: it is not asked in this round yet."""
-
-
-async def _who_again(session: AsyncSession, job: Job, of: Round, now: datetime) -> tuple[list[_Asked], int]:
-    """Who would be asked in a new attempt, and how many may be asked at all.
-
-    All that the round asked, that did not say no and that may be asked now; where they are too few, all others too.
-    """
-    candidates = {item.participation_id: item for item in await list_candidates(session, job.id, now)}
-    found = await session.scalars(
-        select(Task)
-        .where(Task.round_id == of.id)
-        .order_by(Task.id)
-        .with_for_update()
-        .execution_options(populate_existing=True)
-    )
-    tasks = {task.participation_id: task for task in found}
-    again: list[_Asked] = [
-        (candidates[participation_id], task)
-        for participation_id, task in tasks.items()
-        if task.state not in _SAID_NO
-        and participation_id in candidates
-        and _has_a_round(candidates[participation_id], task)
-    ]
-    if len(again) < of.min_updates:
-        others = await list_unasked(session, of, list(candidates.values()))
-        room = LARGEST_COHORT - len(again)
-        again += [(item, tasks.get(item.participation_id)) for item in others][:room]
-    return again, len(candidates)
-
-
-def _has_a_round(candidate: Candidate, task: Task) -> bool:
-    """Whether the grant has a round left, or this one was taken from it before."""
-    return candidate.rounds_left > 0 or task.admitted_digest is not None
-
-
-async def _begin_again(
-    session: AsyncSession,
-    job: Job,
-    of: Round,
-    attempt: SecuredAttempt,
-    because: AbortReason,
-    again: Sequence[_Asked],
-    now: datetime,
-) -> None:
-    """Give the attempt up, delete all that came in, and begin a new one: new keys, and whoever may be asked now."""
-    await _tell_aborted(session, job, of, attempt, because, now)
-    of.phase = advance_round(of.phase, RoundEvent.ATTEMPT_ABORTED)
-    await discard_updates(session, of, now)
-    await session.execute(delete(Update).where(Update.round_id == of.id, Update.excluded.is_(False)))
-    await forget_attempt(session, of)
-    of.attempt += 1
-    of.accepted, of.frozen_at, of.deferred_at = 0, None, None
-    of.closes_at = now + timedelta(seconds=spec_of(job).cohort.deadline_s)
-    offered = {task.id for _, task in again if task is not None}
-    await session.execute(
-        update(Task)
-        .where(Task.round_id == of.id, Task.id.not_in(offered), Task.state.not_in(_SAID_NO))
-        .values(state=TaskState.CANCELLED, detail="It may not be asked any more.", lease_expires_at=None)
-    )
-    for candidate, task in again:
-        if task is None:
-            session.add(new_task(job.id, of, candidate, now))
-            of.cohort_size += 1
-        else:  # to whichever worker serves the dataset now
-            offer_again(task, of, candidate.worker_id, now)
-    await session.flush()
-    await open_attempt(session, job, of, now)
-    await tell_reopened(session, job, of, now, offered=len(again))
-
-
-async def _tell_aborted(
-    session: AsyncSession, job: Job, of: Round, attempt: SecuredAttempt, because: AbortReason, now: datetime
-) -> None:
-    places = await list_places(session, of.id, attempt.step)
-    stage = stage_of(attempt)
-    missing = [place.index for place in places if place.index in stage and not place.sent]
-    _tell(
-        session,
-        job,
-        of,
-        EventKind.ATTEMPT_ABORTED,
-        now,
-        step=attempt.step.value,
-        because=because.value,
-        missing=names_of(places, missing),
-    )
-
-
-def stage_of(attempt: SecuredAttempt) -> Sequence[int]:
-    """The members that the present step is for."""
-    if attempt.step is Step.KEYS:
-        return range(attempt.members)
-    if attempt.step is Step.SHARES:
-        return attempt.keyed or ()
-    return (attempt.shared if attempt.step is Step.UPDATE else attempt.survivors) or ()
 
 
 def _step(job: Job) -> timedelta:

@@ -1,5 +1,6 @@
 """The roster of an attempt: everybody with a task on offer, under the identity of the worker that it is for."""
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from sqlalchemy import insert, select
@@ -16,10 +17,26 @@ from isthmus.wire.data import FeatureStatistics
 from isthmus.wire.secured import Step, terms_digest
 
 
-async def open_attempt(session: AsyncSession, job: Job, of: Round, now: datetime) -> SecuredAttempt:
+async def open_attempt(
+    session: AsyncSession,
+    job: Job,
+    of: Round,
+    now: datetime,
+    *,
+    suspects: Sequence[str] | None = None,
+    bound_to: Sequence[str] | None = None,
+) -> SecuredAttempt:
     """Begin the present attempt of a round: its members are those whose tasks are open. Needs the round's lock.
 
     There must be no other attempt of the round any more.
+
+    Args:
+        session: of the transaction that begins it.
+        job: the round's.
+        of: the round.
+        now: by Postgres's clock.
+        suspects: of wrong shares in former attempts.
+        bound_to: for whose sum shares were told in a former attempt: these are the members, and all are needed.
     """
     spec = spec_of(job)
     assert spec.secure_aggregation is not None, "asked only for secured rounds"
@@ -39,7 +56,7 @@ async def open_attempt(session: AsyncSession, job: Job, of: Round, now: datetime
     roster = Roster(members)
     statistics = None if job.statistics is None else FeatureStatistics.model_validate(job.statistics)
     threshold = threshold_of(len(roster))
-    needed = max(threshold, of.min_updates)
+    needed = max(threshold, of.min_updates) if bound_to is None else len(roster)
     asked_for_all = spec.cohort.over_selection == 0
     attempt = SecuredAttempt(
         round_id=of.id,
@@ -62,6 +79,8 @@ async def open_attempt(session: AsyncSession, job: Job, of: Round, now: datetime
         target=len(roster) if asked_for_all else max(needed, min(of.target_updates, len(roster))),
         step_closes_at=now + timedelta(seconds=spec.secure_aggregation.step_s),
         answers_needed=threshold,
+        suspects=None if suspects is None else list(suspects),
+        bound_to=None if bound_to is None else list(bound_to),
     )
     session.add(attempt)
     await session.flush()

@@ -171,8 +171,11 @@ async def read_standing(session: AsyncSession, job: Job, of: Round, attempt: Sec
         awaited=awaited,
         needed=needed,
         target=needed if frozen else attempt.target,
+        tried=attempt.answers_tried or 0,
         attempt=of.attempt,
         attempts=of.attempts,
+        bound=attempt.bound_to is not None or (step is Step.UNMASK and arrived > 0),
+        staying=0,
         again=0,
         able=0,
         min_updates=of.min_updates,
@@ -225,3 +228,22 @@ def names_of(places: Sequence[Place], indices: Sequence[int]) -> list[str]:
     """Their names, in the roster's order."""
     chosen = set(indices)
     return [place.name for place in places if place.index in chosen]
+
+
+async def names_of_indices(session: AsyncSession, round_id: UUID, indices: Sequence[int]) -> list[str]:
+    """organization/dataset of some members, in the roster's order."""
+    found = await session.execute(
+        select(SecuredMember.organization, SecuredMember.dataset)
+        .where(SecuredMember.round_id == round_id, among(indices))
+        .order_by(SecuredMember.index)
+    )
+    return [f"{organization}/{dataset}" for organization, dataset in found]
+
+
+def stage_of(attempt: SecuredAttempt) -> Sequence[int]:
+    """The members that the present step is for."""
+    if attempt.step is Step.KEYS:
+        return range(attempt.members)
+    if attempt.step is Step.SHARES:
+        return attempt.keyed or ()
+    return (attempt.shared if attempt.step is Step.UPDATE else attempt.survivors) or ()

@@ -126,7 +126,8 @@ def _require_member(held: HeldMember, fence: int, step: Step) -> None:
         GrantWithdrawn, LeaseLost, TaskNotClaimed, TaskNotOpen, StepClosed, StepMessageInvalid: it may not, and why.
     """
     of, task, attempt, index = held.of, held.task, held.attempt, held.member.index
-    if of.phase is RoundPhase.COLLECTING and held.participation_state is not ParticipationState.APPROVED:
+    over = held.participation_state is not ParticipationState.APPROVED
+    if of.phase is RoundPhase.COLLECTING and over and task.state is not TaskState.SUBMITTED:  # what is in stays in
         raise GrantWithdrawn(held.participation_state.value)
     _require_task(task, fence)
     if STEPS.index(step) > STEPS.index(attempt.step):

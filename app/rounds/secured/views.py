@@ -8,8 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.models import SecuredAttempt
-from app.rounds.secured.closing import stage_of
-from app.rounds.secured.queries import Place, list_places
+from app.rounds.secured.queries import Place, list_places, stage_of
 from isthmus.wire.secured import SecuredRound, Step
 
 

@@ -201,13 +201,13 @@ class SecuredTasks:
         record = sessions.find(session_key(offer))
         if record is None:
             record = sessions.begin(offer, _fresh_secrets())
-            self.tidy()
         else:
             record = sessions.readdress(record.key, offer)
             log.info("same keys again", extra={"task": offer.task_id, "state": record.state})
         heart = Heart(host.client, offer, host.settings.resources.max_silence_s, host.state.note_contact)
         heart.begin()
         session = self._start(record, heart)
+        self.tidy()
         try:
             release = host.journal.find(key_of(offer))
             if release is None:
