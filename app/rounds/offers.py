@@ -130,8 +130,8 @@ async def claim_task(session: AsyncSession, settings: Settings, worker_id: UUID,
 
     A task that the worker had claimed and says that it does not hold is offered to it again, under the next fence.
 
-    Locks the task alone, and waits for whoever holds it just then: a message that is being refused, say. To skip it would
-    be to miss the offer. Two claims never get the same task.
+    Locks the task alone, and waits for whoever holds it just then: a message that is being refused, say. To skip it
+    would be to miss the offer. Two claims never get the same task.
     """
     found = await session.execute(
         _CLAIM if asked.datasets is None else _CLAIM_AMONG,

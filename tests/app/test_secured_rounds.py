@@ -11,10 +11,11 @@ from app.rounds import aggregation
 from app.rounds.secured import unmasking
 from isthmus.wire.events import EventKind
 from isthmus.wire.jobs import JobState, JobView
+from isthmus.wire.privacy import PrivacyMode
 from isthmus.wire.problems import ProblemCode
-from isthmus.wire.rounds import RoundPhase, TaskState
+from isthmus.wire.rounds import STATISTICS_PREFIX, RoundPhase, TaskState
 from isthmus.wire.secured import Step
-from tests.federation import Federation
+from tests.federation import OPEN, RECORD, Federation, job_spec
 from tests.running import refused
 from tests.secured import (
     STEPS,
@@ -143,6 +144,31 @@ def test_weights_are_declared_rows_where_the_job_says_so(make_federation: MakeFe
     assert_published(federation, job, members)
     updates = federation.researcher.jobs.round(job.id, 1).updates
     assert [update.weight for update in updates] == [70, 300, 150]
+
+
+def test_a_round_after_statistics_binds_its_keys_to_them(make_federation: MakeFederation) -> None:
+    federation = make_federation(sites=3, policy=OPEN.model_copy(update={"modes": tuple(PrivacyMode)}))
+    data = job_spec().data.model_dump(mode="json")
+    features = [{"name": feature["name"], "range": [0, 300]} for feature in data["features"]]
+    spec = secured_spec(
+        privacy={**RECORD, "statistics_noise_multiplier": 4.0},
+        secure_aggregation={"clip_norm": 1.0},
+        data={**data, "features": features, "standardize": "federated"},
+    )
+    job = federation.start(spec)
+    measured = {"count": [100.0, 90.0], "mean": [-0.0, 200.1], "m2": [1e16, 0.0], "rows": 100.0}
+    for site in federation.sites:
+        site.hand_in(site.claim(), {f"{STATISTICS_PREFIX}{name}": np.array(of) for name, of in measured.items()})
+    members = enter(federation.sites)
+    for member in members:
+        assert member.offer.statistics is not None
+        other = member.offer.statistics.model_copy(update={"sites": 2})
+        assert Masking(member.site, member.offer.model_copy(update={"statistics": other})).context != member.context
+
+    go(members)
+
+    assert federation.finish(job).state is JobState.COMPLETED
+    assert_published(federation, job, members)
 
 
 def test_the_strategy_s_state_goes_on_from_round_to_round(federation: Federation) -> None:

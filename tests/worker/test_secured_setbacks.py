@@ -343,33 +343,33 @@ def test_an_update_that_is_ready_is_masked_and_handed_in_while_another_task_is_c
     first = SecuredRound(identity_of(agent), held={Step.SHARES})
     service.offer_secured(first, **QUIET)
     assert agent.step() is Outcome.PARKED
-    short_of_patience(agent, 1.5)
+    short_of_patience(agent, 3.0)
     monkeypatch.setattr(agent.trainer, "_resources", agent.settings.resources)
-    mask, ask, scratches = agent.masker.mask, agent.trainer._await, list[bool]()
+    mask, hear, two_children = agent.masker.mask, agent.trainer._hear, list[bool]()
 
     def slow(order: Any, on_alive: Any, cancelled: Callable[[], bool]) -> Any:
         ends = time.monotonic() + 4.0
         until(agent, lambda: time.monotonic() > ends, cancelled)
+        beats = len(service.heartbeats)
+        until(agent, lambda: len(service.heartbeats) > beats, cancelled)
         done = mask(order, on_alive, cancelled)
-        scratches.append(agent.masker.pid not in (None, agent.trainer.pid))
+        two_children.append(agent.masker.pid not in (None, agent.trainer.pid))
         return done
 
-    def when_ready(order: Any, on_alive: Any, cancelled: Callable[[], bool]) -> Any:
-        """The order was sent; the child works."""
-        if order.order == "work":
-            first.held.clear()
-            until(agent, lambda: first.task_id in service.updates, cancelled)
-        return ask(order, on_alive, cancelled)
+    def hear_later() -> Any:
+        """The child works, and what it says comes when the other task has been handed in."""
+        first.held.clear()
+        return hear() if first.task_id in service.updates else []
 
     monkeypatch.setattr(agent.masker, "mask", slow)
-    monkeypatch.setattr(agent.trainer, "_await", when_ready)
+    monkeypatch.setattr(agent.trainer, "_hear", hear_later)
     service.offer(make_offer(make_spec(), **OTHER_JOB, heartbeat_s=0.1))
 
     outcomes = until(agent, lambda: len(service.updates) == 2)
 
     assert Outcome.SUBMITTED in outcomes
     assert service.failed == []
-    assert scratches == [True]
+    assert two_children == [True]
     assert agent.masker.pid is None
     finish(agent, service)
     assert_the_sum_is_right(agent, first)

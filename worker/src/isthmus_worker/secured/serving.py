@@ -169,8 +169,7 @@ class SecuredTasks:
             working: the task.
             alive: a sign of life for it. Nobody hears its child meanwhile; once this returns, what it has said counts.
         """
-        if self._beside is not None:
-            return
+        assert self._beside is None, "what is done beside a child's work computes nothing"
         self._beside = alive
         try:
             self._advance(lambda session: session.offer.task_id != working.task_id)
