@@ -141,8 +141,8 @@ class JobSpec(Request):
     strategy: StrategySpec = FedAvg()
     cohort: CohortSpec = CohortSpec()
     privacy: PrivacySpec
-    # Left out where there is none: so plain jobs keep the bytes, and with them the digest, that they had before there was
-    # such a section, and workers that do not know it read them.
+    # Left out where there is none: so plain jobs keep the bytes, and with them the digest, that they had before there
+    # was such a section, and workers that do not know it read them.
     secure_aggregation: SecureAggregation = Field(default=None, exclude_if=lambda section: section is None)
     rounds: int = Field(ge=1, le=1_000_000)
     evaluation: EvaluationSpec = EvaluationSpec()
