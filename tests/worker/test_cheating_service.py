@@ -590,8 +590,8 @@ def test_an_honest_offer_of_a_secured_round_contradicts_itself_in_nothing() -> N
     [
         ({"secured": None}, "The job is under secure aggregation, and the task is not."),
         ({"secured": _place(members=3, index=3)}, "This worker's place 3 is not among the 3 of the round."),
-        ({"attempt": 0}, "0 is no number of an attempt: the job has at most 3 for a round."),
-        ({"attempt": 4}, "4 is no number of an attempt: the job has at most 3 for a round."),
+        ({"attempt": 0}, "0 is no number of an attempt: a round of this job has 512 at most."),
+        ({"attempt": 513}, "513 is no number of an attempt: a round of this job has 512 at most."),
     ],
 )
 def test_an_offer_that_is_not_secured_as_the_job_says_is_refused(changes: dict[str, Any], sentence: str) -> None:

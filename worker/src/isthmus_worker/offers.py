@@ -8,6 +8,7 @@ from isthmus.privacy.planning import plan_contradictions
 from isthmus.wire.base import digest_of
 from isthmus.wire.privacy import PrivacyUnit
 from isthmus.wire.rounds import TaskKind, TaskOffer, kind_of_round, task_manifest
+from isthmus.wire.secured import LARGEST_COHORT, SMALLEST_COHORT
 
 LEAST_VARIANCE: Final = 1e-24
 """Of a column that is not constant, beside the square of its mean (or 1, if that is larger)."""
@@ -65,9 +66,10 @@ def _odd_secured(offer: TaskOffer) -> list[str]:
         found.append(f"The round has {members} members; the job sums no fewer than {least} updates.")
     if offer.secured.index >= members:
         found.append(f"This worker's place {offer.secured.index} is not among the {members} of the round.")
-    most = offer.spec.cohort.attempts
+    # Beside the job's attempts, there is one for each time that the roster shrank to those who sent keys.
+    most = offer.spec.cohort.attempts + LARGEST_COHORT - SMALLEST_COHORT
     if not 1 <= offer.attempt <= most:
-        found.append(f"{offer.attempt} is no number of an attempt: the job has at most {most} for a round.")
+        found.append(f"{offer.attempt} is no number of an attempt: a round of this job has {most} at most.")
     return found
 
 
