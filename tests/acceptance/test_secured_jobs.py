@@ -188,8 +188,8 @@ def test_of_ten_three_die_in_different_phases_and_the_model_is_moved_by_the_sum_
     secured = job_spec(
         **common,
         privacy={"unit": "none", "clip_norm": 0.5},
-        secure_aggregation={"step_s": 3},
-        cohort={"min_updates": 7, "deadline_s": 10},
+        secure_aggregation={"step_s": 8},
+        cohort={"min_updates": 7, "deadline_s": 25},
     )
     with ground(tmp_path, database_url, 10) as opened:
         undisturbed = complete(opened, opened.submit(plain))  # it has everybody's training process warm as well
