@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from collections.abc import AsyncIterator
 from typing import Annotated
 from uuid import UUID
 
@@ -97,23 +98,34 @@ async def claim(
     with parts.wakeups.worker(worker_id, heard) as woken:
         if offered:
             woken.set()
-        while not parts.wakeups.closing or woken.is_set():
-            try:
-                async with asyncio.timeout(ends - time.monotonic()):
-                    await woken.wait()
-            except TimeoutError:
-                if parts.wakeups.connected.is_set():
-                    break  # whoever waited all the time looks again first of all when it comes back
-            woken.clear()
+        async for _ in _wakings(parts, woken, ends):
             if await request.is_disconnected():  # an agent that is gone must not take a task along
                 return Response(status_code=204)
             offer = await _try_claim(parts, worker_id, body)
             if offer is not None:
                 return Response(offer.model_dump_json(by_alias=True), media_type="application/json")
-            if time.monotonic() >= ends:
-                break
-    soon = wait >= 1 and not parts.wakeups.closing  # a caller that waits here is paced by its waiting
-    return Response(status_code=204, headers={"Retry-After": "0" if soon else "1"})
+    return _nothing_yet(parts, 204, wait)
+
+
+async def _wakings(parts: Parts, woken: asyncio.Event, ends: float) -> AsyncIterator[None]:
+    """Every moment at which who waits should look, until `ends` by the monotonic clock, or the process ends."""
+    while not parts.wakeups.closing or woken.is_set():
+        try:
+            async with asyncio.timeout(ends - time.monotonic()):
+                await woken.wait()
+        except TimeoutError:
+            if parts.wakeups.connected.is_set():
+                return  # whoever waited all the time looks again first of all when it comes back
+        woken.clear()
+        yield
+        if time.monotonic() >= ends:
+            return
+
+
+def _nothing_yet(parts: Parts, status: int, wait: float) -> Response:
+    """The answer to who waited in vain. A caller that waits here is paced by its waiting."""
+    soon = wait >= 1 and not parts.wakeups.closing
+    return Response(status_code=status, headers={"Retry-After": "0" if soon else "1"})
 
 
 async def _look(parts: Parts, credentials: Credentials) -> tuple[UUID, bool]:
@@ -303,22 +315,12 @@ async def exchange(
     with parts.wakeups.step(taken.round_id, heard) as woken:
         if taken.closed:
             woken.set()
-        while not parts.wakeups.closing or woken.is_set():
-            try:
-                async with asyncio.timeout(ends - time.monotonic()):
-                    await woken.wait()
-            except TimeoutError:
-                if parts.wakeups.connected.is_set():
-                    break
-            woken.clear()
+        async for _ in _wakings(parts, woken, ends):
             async with parts.single_statements() as session:
                 answer = await steps.find_answer(session, task_id, worker_id, fence, step)
             if answer is not None:
                 return Response(answer, media_type=SECAGG_MEDIA_TYPE)
-            if time.monotonic() >= ends:
-                break
-    soon = wait >= 1 and not parts.wakeups.closing  # a caller that waits here is paced by its waiting
-    return Response(status_code=202, headers={"Retry-After": "0" if soon else "1"})
+    return _nothing_yet(parts, 202, wait)
 
 
 async def _step_message(request: Request, step: Step) -> bytes:

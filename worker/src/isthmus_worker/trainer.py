@@ -96,11 +96,12 @@ class Trainer:
         Args:
             dataset: as the configuration names it.
             known: the stamp of its file when its content was taken last.
-            meanwhile: called all the time.
+            meanwhile: called all the time, and once at least, however soon the child answers.
 
         Raises:
             WorkRefused, WorkFailed: it cannot be read.
         """
+        meanwhile()
 
         def never() -> bool:
             meanwhile()
@@ -122,11 +123,7 @@ class Trainer:
         Raises:
             WorkRefused, WorkFailed, WorkCancelled
         """
-        self._number += 1
-        answer = self._ask(order.model_copy(update={"number": self._number}), on_alive, cancelled)
-        if not isinstance(answer, Done):
-            raise WorkFailed(_NO_ANSWER)
-        return answer
+        return self._done(order, on_alive, cancelled)
 
     def mask(self, order: Mask, on_alive: Callable[[float], None], cancelled: Callable[[], bool]) -> Done:
         """Have a masked update written; otherwise as `work`.
@@ -134,11 +131,7 @@ class Trainer:
         Raises:
             WorkFailed, WorkCancelled
         """
-        self._number += 1
-        answer = self._ask(order.model_copy(update={"number": self._number}), on_alive, cancelled)
-        if not isinstance(answer, Done):
-            raise WorkFailed(_NO_ANSWER)
-        return answer
+        return self._done(order, on_alive, cancelled)
 
     @property
     def pid(self) -> int | None:
@@ -162,6 +155,13 @@ class Trainer:
                 with suppress(OSError):
                     pipe.close()
         log.info("training process ended", extra={"pid": process.pid})
+
+    def _done(self, order: Work | Mask, on_alive: Callable[[float], None], cancelled: Callable[[], bool]) -> Done:
+        self._number += 1
+        answer = self._ask(order.model_copy(update={"number": self._number}), on_alive, cancelled)
+        if not isinstance(answer, Done):
+            raise WorkFailed(_NO_ANSWER)
+        return answer
 
     def _start(self) -> None:
         self.stop()
