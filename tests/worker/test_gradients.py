@@ -215,6 +215,47 @@ def test_frozen_layers_need_no_gradient_and_tied_ones_have_one_for_both_uses() -
         gradients.try_out(torch.zeros(0, dtype=torch.int64))  # which compares with torch's own
 
 
+class Spoils(torch.autograd.Function):
+    """Passes on what it is given, and writes over the gradient that it is given back."""
+
+    @staticmethod
+    def forward(_context: Any, given: Tensor) -> Tensor:
+        return given.clone()
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.zero_()
+
+
+class Branches(nn.Module):
+    """Torch hands both branches of a sum the same gradient, in the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits of four classes."""
+        held = self.first(inputs)
+        spoilt: Tensor = Spoils.apply(held)  # type: ignore[no-untyped-call]
+        return self.second(held) + spoilt
+
+
+def test_a_gradient_is_kept_apart_from_memory_that_torch_goes_on_with() -> None:
+    records, targets = torch.randn(2, 3), torch.tensor([0, 3])
+    reference = Branches()
+    entropy(reference(records[1:]), targets[1:]).sum().backward()  # type: ignore[no-untyped-call]
+
+    with RecordGradients(Branches(), entropy, (3,), 8) as gradients:
+        gradients.try_out(targets[:0])
+        found, _loss = gradients.of(records, targets)
+
+    for (name, parameter), array in zip(trained_parameters(reference).items(), found, strict=True):
+        assert parameter.grad is not None
+        assert array[1] == pytest.approx(parameter.grad.reshape(-1).numpy(), abs=2e-5), name
+
+
 def test_how_many_are_worked_on_at_once_hangs_on_public_numbers_and_memory() -> None:
     assert records_at_once(52_138, 64.0) >= 64
     assert records_at_once(52_138, 100_000.0) == 128
