@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "trivial_training")
 PARTS = {
     "isthmus.client.tasks": ("Tasks.claim", "Tasks.download_model", "Tasks.submit_update"),
     "isthmus_worker.loop": (
-        "Agent.serve", "Agent._objections", "Agent._model", "Agent._compute", "Agent._hand_in",
+        "Agent.serve", "Agent.objections", "Agent._model", "Agent.compute", "Agent._hand_in",
     ),
     "isthmus_worker.journal": (
         "Journal.pin", "Journal.retire_before", "Journal.find", "Journal.prepare", "Journal.note_asking",
