@@ -22,7 +22,7 @@ def settle(seed: str, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.set_grad_enabled(True)
     first = int(seed[:16], 16)
-    torch.manual_seed(first)
+    torch.default_generator.manual_seed(first)  # torch.manual_seed looks for accelerators, each time; we use none
     random.seed(first)
     np.random.seed(first % 2**32)
 
