@@ -5,11 +5,12 @@ import signal
 import sqlite3
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -22,7 +23,7 @@ from isthmus_worker.journal import BytesDamaged, Journal, Release, ReleaseState,
 from isthmus_worker.ledger import Ledgers, charge_for
 from isthmus_worker.release import ATTEMPTS, LONGEST_PAUSE_S, HandedIn, hand_in
 from isthmus_worker.state import StateDir, StateInUse
-from tests.worker.factories import ACCOUNT, LINEAGE, make_offer, make_record_spec
+from tests.worker.factories import ACCOUNT, LINEAGE, make_offer, make_record_spec, make_secured_spec
 from tests.worker.fake_service import NOW
 
 KEY = Ed25519PrivateKey.generate()
@@ -499,3 +500,37 @@ def test_keys_are_for_their_owner_only_and_stay_the_same(state: StateDir) -> Non
     assert {path.name: path.stat().st_mode & 0o077 for path in state.root.iterdir() if path.is_file()} == {
         "identity.key": 0, "holdout.key": 0, "journal.sqlite": 0,
     }  # fmt: skip
+
+
+def test_no_question_of_a_task_reads_all_that_a_worker_ever_released(journal: Journal, state: StateDir) -> None:
+    """A worker runs for years: SQLite says of every statement that it finds its rows by an index."""
+    asked = set[str]()
+    journal.ledgers.claimed("")  # reads every entry, once a start
+    journal.connection.set_trace_callback(asked.add)
+    for spec in (OFFER.spec, PRIVATE.spec, make_secured_spec()):
+        offer = make_offer(spec, participation_id=uuid4(), job_id=uuid4())
+        journal.pin(offer)
+        assert journal.ledger_objections(offer, 100, ACCOUNT) == []
+        journal.retire_before(str(offer.participation_id), offer.round_number)
+        release = _prepare(journal, state, offer=offer)
+        journal.note_asking(release, unanswered=True)
+        journal.mark_released(release)
+        receipt = UpdateReceipt(task_id=offer.task_id, digest=release.digest, received_at=NOW, signature="00" * 64)
+        journal.mark_acknowledged(journal.readdress(release, offer), receipt)
+        journal.tidy()
+        journal.sessions.newest(str(offer.participation_id))
+        journal.sessions.end_before(str(offer.participation_id), 1)
+    assert not journal.unsettled()
+    assert not journal.sessions.past(timedelta(0))
+    assert not journal.sessions.masked()
+    assert not journal.sessions.uploaded()
+    journal.connection.set_trace_callback(None)
+
+    statements = [one for one in asked if one.startswith(("SELECT", "UPDATE", "DELETE"))]
+    assert len(statements) > 20
+    for statement in statements:
+        plan = [row[3] for row in journal.connection.execute(f"EXPLAIN QUERY PLAN {statement}")]
+        whole = [
+            step for step in plan if step.startswith("SCAN") and " USING " not in step and "CONSTANT ROW" not in step
+        ]
+        assert whole == [], statement

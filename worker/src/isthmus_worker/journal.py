@@ -189,6 +189,15 @@ _ADDED: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     }
 )
 """Columns that journals of earlier versions lack. What those versions released has no charge, and is in no ledger."""
+_INDEXES: Final = """
+CREATE INDEX IF NOT EXISTS releases_of_a_participation ON releases
+    (participation_id, kind, round_number, state, unanswered);
+CREATE INDEX IF NOT EXISTS prepared_releases ON releases (participation_id, round_number) WHERE state = 'prepared';
+CREATE INDEX IF NOT EXISTS prepared_charges ON releases (lineage) WHERE state = 'prepared';
+CREATE INDEX IF NOT EXISTS held_releases ON releases (participation_id, round_number)
+    WHERE (file IS NOT NULL OR vector IS NOT NULL);
+"""
+"""What a task asks costs the same after years: no question of it reads every release there ever was."""
 _MAYBE_SPENT: Final = "(state IN ('released', 'acknowledged') OR (state = 'prepared' AND unanswered = 1))"
 _HELD: Final = "(file IS NOT NULL OR vector IS NOT NULL)"
 _WAITING: Final = (
@@ -222,6 +231,7 @@ class Journal:
         connection.execute("PRAGMA secure_delete = ON")  # secrets of secured rounds that are over
         connection.executescript(_SCHEMA + LINEAGE_SCHEMA + LEDGER_SCHEMA + SESSIONS_SCHEMA + PEERS_SCHEMA)
         _bring_up_to_date(connection)
+        connection.executescript(_INDEXES)
         sync_directory(state.root)
         found = cls(state, connection)
         found.sessions.clean_log()  # whoever was killed may have had no time for it
@@ -254,7 +264,7 @@ class Journal:
         """
         self.sessions.end_stale(KEEP_BYTES)
         self.tidy()
-        for release in self._releases(f"state <> 'discarded' AND {_HELD}"):
+        for release in self._releases(f"state <> 'discarded' AND {_HELD}", by="held_releases"):
             if release.file is not None and not release.file.exists():
                 if release.state is ReleaseState.PREPARED:
                     self.give_up(release, "its bytes are gone")
@@ -270,7 +280,7 @@ class Journal:
         """Delete bytes that nobody has asked for in a long time. To be called now and then, while nothing is sent."""
         cutoff = (datetime.now(UTC) - KEEP_BYTES).isoformat()
         self._drop_bytes("state = 'acknowledged' AND (secured = 0 OR acknowledged_at < ?)", cutoff)
-        for release in self._releases("state = 'prepared' AND prepared_at < ?", cutoff):
+        for release in self._releases("state = 'prepared' AND prepared_at < ?", cutoff, by="prepared_releases"):
             self.give_up(release, "never admitted")
         self._drop_bytes("state = 'released' AND released_at < ?", cutoff)
         self.sessions.clean_log()
@@ -434,7 +444,7 @@ class Journal:
 
     def give_up_prepared(self, datasets: Collection[str], note: str) -> None:
         """Forget what was computed for these datasets and never asked for."""
-        for release in self._releases("state = 'prepared'"):
+        for release in self._releases("state = 'prepared'", by="prepared_releases"):
             if release.dataset in datasets:
                 self.give_up(release, note)
 
@@ -448,7 +458,8 @@ class Journal:
 
     def unsettled(self) -> list[Release]:
         """What left or may have left, is not acknowledged, and has its bytes. No vector is among it."""
-        return self._releases(f"state <> 'acknowledged' AND {_MAYBE_SPENT} AND file IS NOT NULL AND secured = 0")
+        where = f"state <> 'acknowledged' AND {_MAYBE_SPENT} AND {_HELD} AND secured = 0"
+        return self._releases(where, by="held_releases")
 
     def _charge(self, release: Release) -> None:
         """Write into the ledger what a release costs. Those of earlier versions have no charge, and no budget."""
@@ -513,24 +524,33 @@ class Journal:
         the final evaluation once each. And a participation stays what it was when we first saw it.
         """
         key, found = key_of(offer), self._contradictions(offer)
-        spent = self._releases(f"participation_id = ? AND {_MAYBE_SPENT}", key.participation_id)
-        computed = spent
-        if offer.secured is not None:  # its vector may be in a masked update that waits for its shares
-            computed = self._releases("participation_id = ? AND state <> 'discarded'", key.participation_id)
-        if any(one.key != key and one.key.round_number == key.round_number for one in computed):
+        # Of a secured round also what was only computed: it may be in a masked update that waits for its shares.
+        counts = _MAYBE_SPENT if offer.secured is None else "state <> 'discarded'"
+        if self._connection.execute(
+            "SELECT 1 FROM releases WHERE participation_id = ? AND round_number = ? AND state <> 'discarded'"  # noqa: S608 - our own
+            f" AND NOT (model_digest = ? AND spec_digest = ? AND kind = ?) AND {counts} LIMIT 1",
+            key,
+        ).fetchone():
             found.append(f"Round {key.round_number} was released before, for another model or another spec.")
-        if key.kind is not TaskKind.TRAIN and any(
-            one.key.kind is key.kind and one.key.round_number != key.round_number for one in spent
-        ):
+        others = self._other_rounds_spent(key)
+        if key.kind is not TaskKind.TRAIN and others:
             found.append(f"A round of kind {key.kind.value!r} was released before; there is one in a job.")
         mine = self.find(key)
         if mine is not None and mine.file is None:
             found.append(f"Round {key.round_number} was released before, and its bytes are no longer held.")
-        rounds = {one.key.round_number for one in spent if one.key.kind is TaskKind.TRAIN} - {key.round_number}
         allowed = min(max_rounds, offer.grant_rounds)
-        if key.kind is TaskKind.TRAIN and len(rounds) >= allowed:
-            found.append(f"max_rounds: {len(rounds)} rounds were released for this grant; at most {allowed} pass.")
+        if key.kind is TaskKind.TRAIN and others >= allowed:
+            found.append(f"max_rounds: {others} rounds were released for this grant; at most {allowed} pass.")
         return found + self._budget_objections(offer, charge_for(offer, account.lineage), account)
+
+    def _other_rounds_spent(self, key: ReleaseKey) -> int:
+        """Of how many rounds of the same participation and kind something left or may have left, this one apart."""
+        row = self._connection.execute(
+            "SELECT count(DISTINCT round_number) FROM releases WHERE participation_id = ? AND kind = ?"  # noqa: S608 - our own
+            f" AND round_number <> ? AND {_MAYBE_SPENT}",
+            (key.participation_id, key.kind, key.round_number),
+        ).fetchone()
+        return int(row[0])
 
     def _contradictions(self, offer: TaskOffer) -> list[str]:
         """How `offer` differs from what was pinned."""
@@ -626,16 +646,18 @@ class Journal:
             raise TransitionRefused(release, to)
 
     def _drop_bytes(self, where: str, *values: Any) -> None:
-        for release in self._releases(f"({where}) AND {_HELD}", *values):
+        for release in self._releases(f"({where}) AND {_HELD}", *values, by="held_releases"):
             self._let_go(release)
             _unlink(release)
 
     def _let_go(self, release: Release) -> None:
         self._connection.execute("UPDATE releases SET file = NULL, vector = NULL WHERE id = ?", (release.id,))
 
-    def _releases(self, where: str, *values: Any) -> list[Release]:
+    def _releases(self, where: str, *values: Any, by: str | None = None) -> list[Release]:
+        """Releases in their order; `by`: an index that is taken where SQLite would read all of them for that order."""
+        table = "releases" if by is None else f"releases INDEXED BY {by}"
         with closing(
-            self._connection.execute(f"SELECT {_COLUMNS} FROM releases WHERE {where} ORDER BY id", values)  # noqa: S608
+            self._connection.execute(f"SELECT {_COLUMNS} FROM {table} WHERE {where} ORDER BY id", values)  # noqa: S608
         ) as rows:
             return [self._release(row) for row in rows]
 

@@ -39,6 +39,7 @@ CREATE TABLE IF NOT EXISTS sessions (
     began_at TEXT NOT NULL, ended_at TEXT, note TEXT,
     PRIMARY KEY (participation_id, round_number, attempt)
 ) STRICT;
+CREATE INDEX IF NOT EXISTS open_sessions ON sessions (began_at) WHERE state <> 'over';
 CREATE TABLE IF NOT EXISTS declared_rows (
     dataset TEXT NOT NULL, rows INTEGER NOT NULL, since TEXT NOT NULL, PRIMARY KEY (dataset, rows)
 ) STRICT;
