@@ -250,7 +250,7 @@ def test_below_the_threshold_the_attempt_is_given_up_and_the_next_one_has_new_ke
     with orders(four):
         for dead in ("clinic-0", "clinic-3"):
             four.give(dead, "shares-kept", 1, "kill")
-        job = four.submit(secured_job(rounds=1, cohort={"min_updates": 3, "deadline_s": 8, "attempts": 6}))
+        job = four.submit(secured_job(rounds=1, cohort={"min_updates": 3, "deadline_s": 8, "attempts": 20}))
         until(lambda: told(four, job, "attempt-aborted"), "the attempt is given up")
         for dead in ("clinic-0", "clinic-3"):
             assert not four.programs[dead].runs

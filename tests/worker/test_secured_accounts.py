@@ -309,6 +309,7 @@ def test_an_agent_of_a_version_that_knows_no_vectors_finds_no_bytes_to_send(agen
 def test_a_journal_that_was_made_before_there_were_vectors_gets_a_column_for_them(
     agent: Agent, service: FakeService
 ) -> None:
+    agent.journal.connection.execute("DROP INDEX held_releases")
     agent.journal.connection.execute("ALTER TABLE releases DROP COLUMN vector")
     again = reborn(agent)
     try:
