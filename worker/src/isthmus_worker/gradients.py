@@ -47,9 +47,12 @@ _INSTEAD: Final[Mapping[str, str]] = {
 _FLAT: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BITS: Final = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 _FEWEST: Final = 8
-_GRAIN: Final = 8
-"""Numbers of records that are worked on at once are multiples of this, and of twice as much from `_MANY` on."""
-_MANY: Final = 96
+_FURTHEST: Final = 8
+"""So many places at most records stand apart."""
+_GRAIN: Final = 4
+"""Numbers of records that are worked on at once are multiples of this, and of twice as much beyond `_MANY`: finer ones
+would leave fewer places empty, but each is tried out."""
+_MANY: Final = 64
 _KNOWN: Final[dict[Hashable, tuple[int, list[int]]]] = {}
 """By the kind of model: what this process has found out already. A question of shapes, not of weights."""
 _MOST_KNOWN: Final = 64
@@ -65,7 +68,8 @@ def records_at_once(elements: int, expected_batch: float) -> int:
         expected_batch: records of a step on average.
     """
     fit = max(1, MOST_BYTES // (4 * max(1, elements)))
-    usual = math.ceil((expected_batch + 3.0 * math.sqrt(expected_batch)) / _GRAIN) * _GRAIN  # most steps have no more
+    most_steps = expected_batch + 3.0 * math.sqrt(expected_batch)  # have no more
+    usual = 2 * _GRAIN * math.ceil(most_steps / (2 * _GRAIN))
     return min(MOST_RECORDS, fit, usual)
 
 
@@ -255,7 +259,7 @@ class RecordGradients:
             apart = 1
             while not _same_bits(whole, gradients_of(made_up.roll(-apart, dims=0)), slice(apart, None)):
                 apart *= 2
-                if apart > min(_GRAIN, most // 2):
+                if apart > min(_FURTHEST, most // 2):
                     return 1, [1]
             step = _GRAIN if most <= _MANY else 2 * _GRAIN
             sizes = [
