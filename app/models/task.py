@@ -18,6 +18,7 @@ class Task(Base):
         UniqueConstraint("round_id", "participation_id"),
         Index("ix_tasks_to_claim", "worker_id", "offered_at", postgresql_where=text("state IN ('offered', 'claimed')")),
         Index("ix_tasks_leased", "lease_expires_at", postgresql_where=text("state IN ('claimed', 'uploading')")),
+        Index("ix_tasks_unfinished", "round_id", postgresql_where=text("state IN ('offered', 'claimed', 'uploading')")),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)

@@ -34,7 +34,8 @@ async def list_expired(session: AsyncSession) -> Sequence[tuple[UUID, UUID]]:
     found = await session.execute(
         select(Participation.job_id, Participation.id)
         .join(Grant, Grant.participation_id == Participation.id)
-        .where(Grant.ended_at.is_(None), Grant.expires_at <= func.clock_timestamp())
+        # clock_timestamp() may differ from row to row, so that Postgres would not look into an index with it.
+        .where(Grant.ended_at.is_(None), Grant.expires_at <= func.statement_timestamp())
         .order_by(Participation.job_id, Participation.id)
     )
     return [(job_id, participation_id) for job_id, participation_id in found]

@@ -263,7 +263,8 @@ async def list_lapsed(session: AsyncSession) -> Sequence[tuple[UUID, UUID]]:
     found = await session.execute(
         select(Task.job_id, Task.round_id)
         .where(
-            Task.state.in_((TaskState.CLAIMED, TaskState.UPLOADING)), Task.lease_expires_at <= func.clock_timestamp()
+            Task.state.in_((TaskState.CLAIMED, TaskState.UPLOADING)),
+            Task.lease_expires_at <= func.statement_timestamp(),
         )
         .distinct()
     )

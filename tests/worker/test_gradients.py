@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isthmus.torch import build, to_arrays
 from isthmus.wire.models import ModelSpec
 from isthmus_worker.gradients import RecordGradients, records_at_once, require_private, trained_parameters
-from isthmus_worker.refusals import ModelRefused
+from isthmus_worker.refusals import ModelRefused, WorkBroken
 from isthmus_worker.training import loss_of
 
 LAYERS: dict[str, tuple[tuple[int, ...], list[Any]]] = {
@@ -172,6 +172,45 @@ class Elsewhere(nn.Module):
         return found
 
 
+class Packs(nn.Module):
+    """Leaves out the zeros at the end of a record, as models of sequences do."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layer = kind(1, 4, batch_first=True)
+
+    def forward(self, values: Tensor) -> Tensor:
+        lengths = (values != 0).sum(1).clamp(min=1)
+        packed = nn.utils.rnn.pack_padded_sequence(values[..., None], lengths, batch_first=True, enforce_sorted=False)
+        found: Tensor = self.layer(packed)[1]
+        return found[-1]
+
+
+class Folds(nn.Module):
+    """Applies a layer to the steps of all records as if each were one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, values: Tensor) -> Tensor:
+        found: Tensor = self.layer(values.reshape(-1, 2)).reshape(-1, 4)
+        return found
+
+
+class Wastes(nn.Module):
+    """Applies a layer once more, and nothing comes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, values: Tensor) -> Tensor:
+        found: Tensor = self.layer(values)
+        self.layer(found)
+        return found
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "batch norm": (lambda: nn.BatchNorm1d(4), r"'inner.1' \(BatchNorm1d\) mixes .* use GroupNorm"),
     "deep batch norm": (lambda: nn.Sequential(nn.Sequential(nn.BatchNorm1d(4))), r"'inner.1.0.0' \(BatchNorm1d\)"),
@@ -187,6 +226,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "buffer": (lambda: Counts(True), "'inner.1.seen' would leave without noise"),
     "buffer that stays": (lambda: Counts(False), "changes its tensor 'inner.1.seen'"),
     "elsewhere": (Elsewhere, "do not add up|outside of its layer"),
+    "packed": (lambda: Packs(nn.GRU), "packed sequences; give it padded ones"),
+    "folded": (Folds, "a Linear is not applied to all records at a time"),
+    "wasted": (Wastes, "is also applied where nothing comes of it"),
     "in place": (lambda: nn.ReLU(inplace=True), "single records cannot be followed"),
 }
 
@@ -254,6 +296,67 @@ def test_a_gradient_is_kept_apart_from_memory_that_torch_goes_on_with() -> None:
     for (name, parameter), array in zip(trained_parameters(reference).items(), found, strict=True):
         assert parameter.grad is not None
         assert array[1] == pytest.approx(parameter.grad.reshape(-1).numpy(), abs=2e-5), name
+
+
+class Breaks(torch.autograd.Function):
+    """Passes on what it is given, and breaks on the way back if it is told to."""
+
+    breaks = False
+
+    @staticmethod
+    def forward(_context: Any, given: Tensor) -> Tensor:
+        return given.clone()
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        if Breaks.breaks:
+            raise MemoryError
+        return gradient
+
+
+class Breakable(nn.Module):
+    """Has gradients for its second layer before it breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Logits of two classes."""
+        found: Tensor = self.second(Breaks.apply(self.first(values)))  # type: ignore[no-untyped-call]
+        return found
+
+
+def test_what_a_batch_that_broke_had_given_is_not_added_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = torch.zeros(8, dtype=torch.int64)
+    with RecordGradients(Breakable(), entropy, (3,), 8) as gradients:
+        gradients.try_out(targets[:0])
+        with monkeypatch.context() as broken:
+            broken.setattr(Breaks, "breaks", True)
+            with pytest.raises(MemoryError):
+                gradients.of(torch.randn(8, 3), targets)
+        with pytest.raises(WorkBroken):  # Opacus has kept some of it
+            gradients.of(torch.randn(8, 3), targets)
+
+
+def test_a_record_whose_gradient_depends_on_the_lengths_of_others_is_not_worked_on() -> None:
+    """A model that packs only now and then was not seen to do so when it was tried out."""
+
+    class NowAndThen(Packs):
+        def forward(self, values: Tensor) -> Tensor:
+            if (values == 0).any():
+                return super().forward(values)
+            found: Tensor = self.layer(values[..., None])[1]
+            return found[-1]
+
+    model = Holds(nn.Identity())
+    model.inner = nn.Sequential(NowAndThen(nn.GRU), nn.Linear(4, 2))
+    records = torch.randn(8, 4)
+    records[1:, 2:] = 0.0
+    with RecordGradients(model, entropy, (4,), 8) as gradients:
+        gradients.try_out(torch.zeros(0, dtype=torch.int64))
+        with pytest.raises(WorkBroken, match="packed sequences"):
+            gradients.of(records, torch.zeros(8, dtype=torch.int64))
 
 
 def test_how_many_are_worked_on_at_once_hangs_on_public_numbers_and_memory() -> None:

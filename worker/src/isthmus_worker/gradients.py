@@ -15,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 from opacus.grad_sample import GradSampleModule
 from opacus.layers import DPGRU, DPLSTM, DPRNN
+from opacus.layers.dp_rnn import DPRNNBase
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from isthmus_worker.refusals import ModelRefused, WorkBroken
@@ -50,8 +52,8 @@ _FEWEST: Final = 8
 _FURTHEST: Final = 8
 """So many places at most records stand apart."""
 _GRAIN: Final = 4
-"""Numbers of records that are worked on at once are multiples of this, and of twice as much beyond `_MANY`: finer ones
-would leave fewer places empty, but each is tried out."""
+"""Numbers of records that are worked on at once are multiples of this, and of twice as much where there are more than
+`_MANY` places: finer ones would leave fewer places empty, but each is tried out."""
 _MANY: Final = 64
 _KNOWN: Final[dict[Hashable, tuple[int, list[int]]]] = {}
 """By the kind of model: what this process has found out already. A question of shapes, not of weights."""
@@ -142,10 +144,16 @@ class RecordGradients:
         self._still = _padding_rows(model)
         self._hooked: Any = GradSampleModule(model, loss_reduction="sum", strict=True)
         self._parts: dict[nn.Parameter, Tensor] = {}
+        """What the present batch has given so far."""
+        self._places = 0
+        """Of the present batch."""
         self._hooked.GRAD_SAMPLERS = {kind: self._keeping(each) for kind, each in self._hooked.GRAD_SAMPLERS.items()}
         self._inputs = torch.zeros(at_once, *record_shape)
         self._apart, self._sizes = 1, [at_once]
         self._handles: list[RemovableHandle] = []
+        self._guards = [
+            layer.register_forward_pre_hook(_refuse_packed) for layer in model.modules() if isinstance(layer, DPRNNBase)
+        ]
 
     @property
     def at_once(self) -> int:
@@ -178,8 +186,8 @@ class RecordGradients:
             filled.zero_()
         filled[taken] = inputs
         wanted[taken] = targets
-        losses = self._backward(filled, wanted)
         try:
+            losses = self._backward(filled, wanted)
             found = [self._taken(name, parameter, size)[taken] for name, parameter in self._trained.items()]
         except ModelRefused as refusal:
             raise WorkBroken(str(refusal)) from None
@@ -265,7 +273,8 @@ class RecordGradients:
             sizes = [
                 size
                 for size in range(step, most, step)
-                if _same_bits(whole, gradients_of(made_up[-size:]), slice(-size, None))
+                if (most - size) % apart == 0  # else the first place would stand in for one that differs
+                and _same_bits(whole, gradients_of(made_up[-size:]), slice(-size, None))
             ]
         return apart, [*sizes, most]
 
@@ -290,7 +299,9 @@ class RecordGradients:
                 parameter.grad[row] = 0.0
 
     def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The records' losses; their gradients lie with the parameters."""
+        """The records' losses; their gradients lie in `_parts`."""
+        self._parts.clear()  # of a batch that broke
+        self._places = len(inputs)
         with warnings.catch_warnings():
             # The records themselves need no gradient; torch thinks that its hooks might be meant for them.
             warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
@@ -307,6 +318,10 @@ class RecordGradients:
         def sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
             found = sampler(layer, activations, backprops)
             for parameter, part in found.items():
+                if len(part) != self._places:  # added, a shorter one could be spread over records that it is not of
+                    raise ModelRefused(
+                        f"Unit record: a {type(layer).__name__} is not applied to all records at a time."
+                    )
                 if parameter in self._parts:  # a layer that is applied more than once
                     self._parts[parameter] = self._parts[parameter] + part
                 else:  # a bias may have been given what torch goes on with
@@ -317,8 +332,10 @@ class RecordGradients:
 
     def _taken(self, name: str, parameter: nn.Parameter, records: int) -> NDArray[Any]:
         held: Any = parameter  # Opacus keeps attributes of its own there
-        held.grad_sample = None
+        whole, held.grad_sample = held.grad_sample, None
         found = self._parts.pop(parameter, None)
+        if found is not None and not isinstance(whole, Tensor):  # Opacus still waits for a use of the layer
+            raise ModelRefused(f"Unit record: the layer of {name!r} is also applied where nothing comes of it.")
         if held.grad is not None and (found is None or self._handles):
             raise ModelRefused(f"Unit record: {name!r} is used outside of its layer, so no record's part is known.")
         held.grad = None
@@ -337,7 +354,7 @@ class RecordGradients:
 
     def __exit__(self, *_: object) -> None:
         self._hooked.cleanup()
-        for handle in self._handles:
+        for handle in (*self._handles, *self._guards):
             handle.remove()
         for parent, name, layer in self._replaced:
             layer.load_state_dict(getattr(parent, name).state_dict())
@@ -384,6 +401,12 @@ def _same_bits(whole: list[NDArray[Any]], others: list[NDArray[Any]], rows: slic
         np.array_equal(one[rows].view(_BITS[one.itemsize]), other[: len(one[rows])].view(_BITS[one.itemsize]))
         for one, other in zip(whole, others, strict=True)
     )
+
+
+def _refuse_packed(_layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Sorted by their lengths, records lose their places, and nobody puts their gradients back."""
+    if isinstance(inputs[0], PackedSequence):
+        raise ModelRefused("Unit record: a recurrent layer is given packed sequences; give it padded ones.")
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

@@ -53,8 +53,6 @@ class Claims:
         """
         if self._answer is None:
             return None
-        if self._answer is None:
-            return None
         (answer, self._answer), (heart, self._heart) = (self._answer, None), (self._heart, None)
         if isinstance(answer, Exception):
             raise answer
