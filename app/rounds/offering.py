@@ -36,6 +36,15 @@ def offer_again(task: Task, of: Round, worker_id: UUID, now: datetime) -> None:
     task.offered_at, task.lease_expires_at, task.detail = now, None, None
 
 
+def ask(session: AsyncSession, of: Round, candidate: Candidate, task: Task | None, now: datetime) -> None:
+    """Offer an open round's work to a participation: by the task that it has in it, or by a first one."""
+    if task is None:
+        session.add(new_task(of.job_id, of, candidate, now))
+        of.cohort_size += 1
+    else:  # to whichever worker serves the dataset now
+        offer_again(task, of, candidate.worker_id, now)
+
+
 async def tell_reopened(session: AsyncSession, job: Job, of: Round, now: datetime, **what: Any) -> None:
     """Record that an open round has tasks on offer again, and wake whom it concerns."""
     append(

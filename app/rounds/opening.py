@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.audit.service import append, job_stream
 from app.federation.lifecycle import JobEvent, RoundEvent, advance_job, advance_round
 from app.models import Grant, Job, Participation, Round, Task
-from app.rounds.offering import new_task, offer_again, pause_for_want, tell_reopened
+from app.rounds.offering import ask, new_task, pause_for_want, tell_reopened
 from app.rounds.queries import Candidate, list_candidates, list_unasked
 from app.rounds.secured.opening import open_attempt
 from app.rounds.specs import is_secured, spec_of
@@ -173,12 +173,7 @@ async def refill(session: AsyncSession, job: Job, of: Round, now: datetime) -> N
     )
     again = {task.participation_id: task for task in called_off}
     for item in others:
-        task = again.get(item.participation_id)
-        if task is None:
-            session.add(new_task(job.id, of, item, now))
-            of.cohort_size += 1
-        else:  # to whichever worker serves the dataset now
-            offer_again(task, of, item.worker_id, now)
+        ask(session, of, item, again.get(item.participation_id), now)
     await session.flush()
     await tell_reopened(session, job, of, now, added=sorted(f"{item.organization}/{item.dataset}" for item in others))
 

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.federation.lifecycle import OPEN_TASKS, RoundEvent, advance_round
 from app.models import Dataset, Job, Participation, Round, SecuredAttempt, SecuredMember, Task, Update, Worker
 from app.rounds.ending import discard_updates, forget_attempt
-from app.rounds.offering import new_task, offer_again, tell_reopened
+from app.rounds.offering import ask, tell_reopened
 from app.rounds.queries import Candidate, list_candidates, list_unasked
 from app.rounds.secured.opening import open_attempt
 from app.rounds.secured.queries import names_of_indices
@@ -96,11 +96,7 @@ async def begin_again(
     of.closes_at = now + timedelta(seconds=spec_of(job).cohort.deadline_s)
     await _leave_others(session, of, event, anew)
     for candidate, task in anew.asked:
-        if task is None:
-            session.add(new_task(job.id, of, candidate, now))
-            of.cohort_size += 1
-        else:  # to whichever worker serves the dataset now
-            offer_again(task, of, candidate.worker_id, now)
+        ask(session, of, candidate, task, now)
     await session.flush()
     await open_attempt(session, job, of, now, suspects=suspects, bound_to=anew.bound_to)
     await tell_reopened(session, job, of, now, offered=len(anew.asked))

@@ -189,17 +189,17 @@ _ADDED: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     }
 )
 """Columns that journals of earlier versions lack. What those versions released has no charge, and is in no ledger."""
-_INDEXES: Final = """
+_HELD: Final = "(file IS NOT NULL OR vector IS NOT NULL)"
+_INDEXES: Final = f"""
 CREATE INDEX IF NOT EXISTS releases_of_a_participation ON releases
     (participation_id, kind, round_number, state, unanswered);
 CREATE INDEX IF NOT EXISTS prepared_releases ON releases (participation_id, round_number) WHERE state = 'prepared';
 CREATE INDEX IF NOT EXISTS prepared_charges ON releases (lineage) WHERE state = 'prepared';
 CREATE INDEX IF NOT EXISTS held_releases ON releases (participation_id, round_number)
-    WHERE (file IS NOT NULL OR vector IS NOT NULL);
+    WHERE {_HELD};
 """
 """What a task asks costs the same after years: no question of it reads every release there ever was."""
 _MAYBE_SPENT: Final = "(state IN ('released', 'acknowledged') OR (state = 'prepared' AND unanswered = 1))"
-_HELD: Final = "(file IS NOT NULL OR vector IS NOT NULL)"
 _WAITING: Final = (
     "(secured = 1 AND EXISTS (SELECT 1 FROM sessions s WHERE s.participation_id = releases.participation_id"
     " AND s.round_number = releases.round_number AND s.state <> 'over'))"
