@@ -18,17 +18,17 @@ from examples.heart.hospitals import HOSPITALS, JOB, RESEARCHER
 from examples.heart.processes import SERVICE, ProcessDied, Processes, command, tail
 from examples.heart.stage import (
     DEFAULT,
+    SIGNALS,
     FolderInUse,
-    Interrupted,
     clear,
     how_to_stop,
-    interruptible,
     stop_kept,
     undisturbed,
 )
 from examples.heart.telling import Teller, console_of_the_demo, shown
 from examples.heart.watching import watch
 from isthmus.client import IsthmusError
+from isthmus.interruption import Interrupted, Interruption
 from isthmus.jobfile import load_job
 from isthmus.submission import submit
 from isthmus.wire.datasets import DatasetView
@@ -202,8 +202,9 @@ def run(folder: Path, teller: Teller, *, keep: bool) -> int:
     began = time.monotonic()
     processes = Processes(folder, keep=keep)
     try:
-        with interruptible(), Federation(folder, processes) as federation:
+        with Interruption(*SIGNALS) as interruption, Federation(folder, processes) as federation:
             play(federation, teller, keep=keep)
+            interruption.check()
             if keep:
                 leave_running(federation, teller)
     except Interrupted as interrupted:

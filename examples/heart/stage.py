@@ -3,24 +3,16 @@
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from examples.heart import database
 from examples.heart.processes import record_in, recorded, stop
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Interrupted(BaseException):
-    """Somebody wants the demo to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+"""Ctrl-C, the end that a system asks for, and a closed terminal."""
 
 
 class FolderInUse(Exception):
@@ -28,22 +20,11 @@ class FolderInUse(Exception):
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Make Ctrl-C, SIGTERM and a closed terminal an exception, once: what ends the demo is not interrupted again."""
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        _handle(signal.SIG_IGN)
-        raise Interrupted(number)
-
-    _handle(interrupt)
-    yield
-
-
-@contextmanager
 def undisturbed() -> Iterator[None]:
     """Let nothing interrupt what is being ended."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    _handle(signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     try:
         yield
     finally:
@@ -87,8 +68,3 @@ def how_to_stop(folder: Path) -> str:
 
 DEFAULT: Final = Path(__file__).parents[2] / ".demo"
 """Where the demo plays unless told otherwise."""
-
-
-def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-    for number in SIGNALS:
-        signal.signal(number, handler)

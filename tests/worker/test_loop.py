@@ -1,5 +1,6 @@
 """The agent against a service of moods, with a real training process."""
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from isthmus.client import Refused
 from isthmus.codec.arrays import decode
+from isthmus.interruption import Interrupted, Interruption
 from isthmus.wire.problems import ProblemCode, problem
 from isthmus_worker.heart import Heart
 from isthmus_worker.loop import Agent, KeyRefused, NothingToServe, Outcome
@@ -159,6 +161,29 @@ def test_what_no_check_foresaw_fails_the_task_and_not_the_agent(
     assert agent.step() is Outcome.FAILED
 
     assert service.failed == [f"An unexpected {type(error).__name__} ended the task."]
+
+
+def test_a_signal_that_a_library_made_an_error_of_ends_the_agent_and_fails_no_task(
+    agent: Agent, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interruption = Interruption()
+
+    def broken(*_: object) -> None:
+        try:
+            interruption._interrupt(signal.SIGTERM, None)
+        except Interrupted as interrupted:
+            raise ValueError(f"Error serializing to JSON: Interrupted: {interrupted}") from None
+
+    monkeypatch.setattr(agent.journal, "pin", broken)
+    agent.check = interruption.check
+    service.offer(make_offer())
+
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        agent.step()
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        agent.run()
+
+    assert service.failed == []
 
 
 def test_a_heart_that_beats_for_nothing_stops_for_good(agent: Agent, service: FakeService) -> None:

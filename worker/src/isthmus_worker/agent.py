@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
+from isthmus.interruption import Interrupted, Interruption
 from isthmus_worker.logs import set_up_logging
 from isthmus_worker.settings import Settings, SettingsRefused, read_settings
 from isthmus_worker.spawning import start_child
@@ -30,16 +30,6 @@ KEY_REFUSED: Final = 3
 STATE_IN_USE: Final = 4
 NOTHING_TO_SERVE: Final = 5
 LEDGER_DAMAGED: Final = 6
-
-
-class Stop(BaseException):
-    """Somebody wants us to end. Whatever is being done may be given up anywhere: the journal allows for kill -9."""
-
-
-def _stop(number: int, _frame: FrameType | None) -> None:
-    for again in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(again, signal.SIG_IGN)
-    raise Stop(signal.Signals(number).name)
 
 
 def run(config: Path, level: str = "info") -> int:
@@ -60,35 +50,40 @@ def run(config: Path, level: str = "info") -> int:
 
 
 def _work(settings: Settings, state: StateDir, credentials: Credentials) -> int:
-    """The part that holds the state directory. The first child starts while we import what speaks to the service."""
+    """The part that holds the state directory."""
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _stop)
-        child = start_child(settings.resources, state.scratch)
+        with Interruption(signal.SIGTERM, signal.SIGINT) as interruption:
+            return _serve(settings, state, credentials, interruption)
+    except Interrupted as interrupted:  # whatever was being done is given up: the journal allows for kill -9
+        log.info("stopping", extra={"signal": str(interrupted)})
+        return STOPPED
 
-        from isthmus_worker.connect import connect  # noqa: PLC0415 - see above
-        from isthmus_worker.journal import Journal  # noqa: PLC0415
-        from isthmus_worker.ledger import LedgerDamaged  # noqa: PLC0415
-        from isthmus_worker.loop import Agent, KeyRefused, NothingToServe  # noqa: PLC0415
-        from isthmus_worker.trainer import Trainer  # noqa: PLC0415
 
-        trainer = Trainer(settings.resources, state.scratch, child)
-        with closing(Journal.open(state)) as journal, connect(settings, credentials.api_key) as client:
-            try:
-                Agent(settings, state, credentials, client, journal, trainer).run()
-            except KeyRefused as error:
-                log.error("stopped", extra={"reason": str(error)})
-                return KEY_REFUSED
-            except NothingToServe as error:
-                log.error("stopped", extra={"reason": str(error)})
-                return NOTHING_TO_SERVE
-            except LedgerDamaged as error:
-                log.error("stopped", extra={"reason": str(error)})
-                return LEDGER_DAMAGED
-            finally:
-                trainer.stop()
-    except Stop as stop:
-        log.info("stopping", extra={"signal": str(stop)})
+def _serve(settings: Settings, state: StateDir, credentials: Credentials, interruption: Interruption) -> int:
+    """The first child starts while we import what speaks to the service."""
+    child = start_child(settings.resources, state.scratch)
+
+    from isthmus_worker.connect import connect  # noqa: PLC0415 - see above
+    from isthmus_worker.journal import Journal  # noqa: PLC0415
+    from isthmus_worker.ledger import LedgerDamaged  # noqa: PLC0415
+    from isthmus_worker.loop import Agent, KeyRefused, NothingToServe  # noqa: PLC0415
+    from isthmus_worker.trainer import Trainer  # noqa: PLC0415
+
+    trainer = Trainer(settings.resources, state.scratch, child)
+    with closing(Journal.open(state)) as journal, connect(settings, credentials.api_key) as client:
+        try:
+            Agent(settings, state, credentials, client, journal, trainer, check=interruption.check).run()
+        except KeyRefused as error:
+            log.error("stopped", extra={"reason": str(error)})
+            return KEY_REFUSED
+        except NothingToServe as error:
+            log.error("stopped", extra={"reason": str(error)})
+            return NOTHING_TO_SERVE
+        except LedgerDamaged as error:
+            log.error("stopped", extra={"reason": str(error)})
+            return LEDGER_DAMAGED
+        finally:
+            trainer.stop()
     return STOPPED
 
 

@@ -90,6 +90,8 @@ class Agent:
     journal: Journal
     trainer: Trainer
     sleep: Callable[[float], None] = time.sleep
+    check: Callable[[], None] = lambda: None
+    """Raises what ends us, if a library has made another error of it: errors are borne here, and that is none."""
     _served: list[str] = field(default_factory=list)
     _accounts: dict[str, Account] = field(default_factory=dict)
     """By dataset: what its releases are charged to."""
@@ -193,6 +195,7 @@ class Agent:
         try:
             outcome = self.serve(offer)
         except (ValueError, OverflowError) as error:  # what no check foresaw must not end the agent, again and again
+            self.check()
             log.exception("unexpected", extra=_words(offer))
             outcome = self.fail(offer, f"An unexpected {type(error).__name__} ended the task.")
         took_s = round(time.monotonic() - began, 3)
@@ -471,6 +474,7 @@ class Agent:
         attempt = 0
         while True:
             attempt += 1
+            self.check()
             try:
                 return call()
             except (Unreachable, TimedOut, BadResponse, Refused) as error:

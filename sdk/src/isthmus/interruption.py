@@ -1,0 +1,63 @@
+"""Signals that end a program, as one exception which is raised wherever the program is.
+
+An exception out of a signal handler can come in the middle of any library, and some make another one of it: pydantic
+says `PydanticSerializationError`, a `ValueError`, which then looks like a fault, or is borne like one. So the signal is
+remembered besides: whatever leaves the block afterwards is `Interrupted`, and who bears errors asks `check` first.
+"""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+
+class Interrupted(BaseException):
+    """Somebody wants the program to end.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Interruption:
+    """Within the block the first of these signals raises `Interrupted`; what ends the program is not disturbed again.
+
+    Args:
+        numbers: the signals. Enter the block in the main thread, which is where they are raised.
+    """
+
+    def __init__(self, *numbers: signal.Signals) -> None:
+        self._numbers = numbers
+        self._came: int | None = None
+
+    def __enter__(self) -> Self:
+        for number in self._numbers:
+            signal.signal(number, self._interrupt)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Interrupted):
+            self.check(error)
+
+    def check(self, error: BaseException | None = None) -> None:
+        """Raise what a signal has raised already, if that was lost on the way.
+
+        Args:
+            error: what became of it, perhaps.
+
+        Raises:
+            Interrupted: a signal has come.
+        """
+        if self._came is not None:
+            raise Interrupted(self._came) from error
+
+    def _interrupt(self, number: int, _frame: FrameType | None) -> None:
+        for again in self._numbers:
+            signal.signal(again, signal.SIG_IGN)
+        self._came = number
+        raise Interrupted(number)
