@@ -18,6 +18,7 @@ from isthmus_worker.loop import Agent, KeyRefused, NothingToServe, Outcome
 from isthmus_worker.refusals import UNTOLD
 from isthmus_worker.release import LONGEST_PAUSE_S
 from isthmus_worker.trainer import Trainer
+from tests.page_faults import glibc, page_faults
 from tests.worker.factories import make_local_spec, make_offer, make_record_spec, make_spec
 from tests.worker.fake_service import FakeService
 
@@ -184,6 +185,23 @@ def test_a_signal_that_a_library_made_an_error_of_ends_the_agent_and_fails_no_ta
         agent.run()
 
     assert service.failed == []
+
+
+@glibc
+def test_what_a_batch_needed_is_used_again_by_the_next(agent: Agent, service: FakeService) -> None:
+    wide = {"layers": [{"linear": {"in": 5, "out": 100_000}}, "relu", {"linear": {"in": 100_000, "out": 2}}]}
+    training = {"optimizer": {"sgd": {"lr": 1e-4}}, "batch_size": "all", "epochs": 100}
+    spec = make_spec(model=wide, training=training)
+    service.offer(make_offer(spec))
+    assert agent.step() is Outcome.SUBMITTED
+    assert agent.trainer.pid is not None
+    before = page_faults(agent.trainer.pid)
+    service.offer(make_offer(spec, number=2))
+
+    assert agent.step() is Outcome.SUBMITTED
+
+    pages_a_batch = 33 * 100_000 * 4 // 4096  # of one of some ten tensors
+    assert page_faults(agent.trainer.pid) - before < 10 * pages_a_batch
 
 
 def test_a_heart_that_beats_for_nothing_stops_for_good(agent: Agent, service: FakeService) -> None:

@@ -21,6 +21,7 @@ from isthmus.wire.rounds import TaskKind
 from isthmus_worker.simulation.clients import Client, ClientsRefused
 from isthmus_worker.simulation.engine import Round, SimulationFailed, simulate
 from isthmus_worker.simulation.pool import Pool
+from tests.page_faults import glibc, page_faults
 from tests.worker.simulation.cases import SEED, job_spec, points, searched, simulated, some_clients
 
 PATIENCE_S = 60
@@ -360,6 +361,22 @@ def test_a_process_that_is_killed_ends_the_simulation_with_a_sentence() -> None:
 
         with pytest.raises(SimulationFailed, match="A process of the simulation ended"):
             simulate(job_spec(rounds=100), some_clients(), pool=pool, on_task=kill)
+
+
+@glibc
+def test_what_a_batch_needed_is_used_again_by_the_next() -> None:
+    wide = {"layers": [{"linear": {"in": 4, "out": 100_000}}, "relu", {"linear": {"in": 100_000, "out": 3}}]}
+    training = {"optimizer": {"sgd": {"lr": 1e-4}}, "batch_size": "all", "epochs": 100}
+    found = []
+    with Pool(2) as pool:
+
+        def count(_one: Round) -> None:
+            found.append(sum(map(page_faults, below(pool.pid) | {pool.pid})))
+
+        simulate(job_spec(model=wide, training=training, rounds=4), some_clients(2), pool=pool, on_round=count)
+
+    pages_a_batch = (30 + 39) * 100_000 * 4 // 4096  # of one of some ten tensors
+    assert found[4] - found[1] < 30 * pages_a_batch
 
 
 # --- Processes -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import traceback
 from functools import cache
 from typing import TYPE_CHECKING, BinaryIO, Final
 
+from isthmus.allocator import LARGEST_BYTES, keep_freed
 from isthmus.wire.privacy import PrivacyUnit
 from isthmus_worker.contents import content_of
 from isthmus_worker.data import open_source
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 ALIVE_EVERY_S: Final = 0.2
 OVERHEAD_MB: Final = 512
 """Address space that libraries reserve and never touch; the agent watches what is really used."""
+
+KEPT_MB: Final = 256
+"""Of what a batch needs so much stays for the next one, at most; and no more than a quarter of what is allowed."""
 
 _PR_SET_PDEATHSIG: Final = 1
 _MB: Final = 1 << 20
@@ -168,6 +172,7 @@ def main() -> None:
     parent, memory_mb = (int(argument) for argument in sys.argv[1:])
     _die_with(parent)
     _limit(memory_mb)
+    keep_freed(blocks_bytes=LARGEST_BYTES, at_most_bytes=min(KEPT_MB, memory_mb // 4) * _MB)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the agent's business
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer

@@ -16,11 +16,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 from numpy.typing import NDArray
 from torch import nn
 
+from isthmus.allocator import LARGEST_BYTES, keep_freed
 from isthmus.federation.secured import quantise
 from isthmus.torch import build, draw_initial, load_arrays
 from isthmus.wire.jobs import JobSpec
@@ -46,6 +47,9 @@ from isthmus_worker.simulation.messages import (
 )
 from isthmus_worker.simulation.regions import Region, array_at, arrays_at
 from isthmus_worker.work import Arrays, Leaving, holdout_measures, local_update
+
+_KEPT_BYTES: Final = 256 << 20
+"""Of what a batch needs so much stays for the next one, at most, in each process."""
 
 
 class Bench:
@@ -178,6 +182,7 @@ def main() -> None:
     # The records are mapped so that nothing can write to them; torch would like to be able to.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
     settle("00" * 32, threads=1)
+    keep_freed(blocks_bytes=LARGEST_BYTES, at_most_bytes=_KEPT_BYTES)
     descriptors = [int(argument) for argument in sys.argv[1:]]
     records, model, slots = (Region(descriptor) for descriptor in descriptors[:3])
     lines = [socket.socket(fileno=descriptor) for descriptor in descriptors[3:]]

@@ -1,0 +1,42 @@
+"""How a process keeps memory that it has freed: the allocator of glibc, told what it is used for.
+
+By its defaults glibc takes large blocks from the system and gives them back when they are freed, each time; the kernel
+clears every page of them anew. That is more work than most of what passes through them. musl and macOS have other
+allocators: there nothing here does anything.
+"""
+
+import ctypes
+import sys
+from functools import cache
+from typing import Final
+
+LARGEST_BYTES: Final = 32 << 20
+"""A block larger than that always comes from the system, and goes back there: glibc does not know it otherwise."""
+
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+
+
+def keep_freed(*, blocks_bytes: int, at_most_bytes: int) -> None:
+    """Have freed memory used again instead of given back.
+
+    Args:
+        blocks_bytes: blocks up to this size are kept; at most LARGEST_BYTES.
+        at_most_bytes: so much free memory at most stays with the process at the end of its heap.
+
+    Raises:
+        ValueError: larger blocks than can be kept.
+    """
+    if blocks_bytes > LARGEST_BYTES:
+        raise ValueError(f"blocks of {blocks_bytes} bytes cannot be kept; {LARGEST_BYTES} is the most")
+    if (library := _glibc()) is not None:
+        library.mallopt(_M_MMAP_THRESHOLD, blocks_bytes)
+        library.mallopt(_M_TRIM_THRESHOLD, at_most_bytes)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None
