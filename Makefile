@@ -13,12 +13,13 @@ STAMP := $(VENV)/.installed
 PIP   := $(RUN) -m pip --disable-pip-version-check --no-input -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-stop test torture check format clean
+.PHONY: help install demo demo-stop test search torture check format clean
 
 help:
 	@echo 'make demo      hospitals train one model together on this machine; KEEP=1 leaves it running'
 	@echo 'make demo-stop ends what KEEP=1 left running'
 	@echo 'make test      all tests, on a real Postgres'
+	@echo 'make search    property tests with examples that nobody has tried'
 	@echo 'make torture   processes killed, frozen and cut off at every named point, and by 300 random plans; PLANS=n'
 	@echo 'make check     format, lint, types, imports'
 	@echo 'make format    put the code into shape'
@@ -64,6 +65,9 @@ demo-stop: install
 
 test: install
 	$(RUN) -m pytest -n auto
+
+search: install
+	$(RUN) -m pytest -n auto -m hypothesis --hypothesis-profile=others
 
 torture: install
 	$(RUN) -m tests.torture --plans $(PLANS) --seed $(SEED)

@@ -16,7 +16,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import structlog
@@ -35,6 +34,7 @@ from app.errors import PlatformError
 from app.garbage import collect_seldom
 from app.main import create_app, open_parts
 from app.settings import Settings
+from isthmus.interruption import Interrupted, Interruption
 
 gc.freeze()
 gc.enable()
@@ -67,23 +67,17 @@ def _with_database(settings: Settings) -> Iterator[Settings]:
         return
     from app.embedded_postgres import embedded_postgres  # noqa: PLC0415 -- only a laptop has its binaries
 
-    _leave_in_order()
     directory = (settings.data_dir / "postgres").absolute()
-    with embedded_postgres(directory, environment=settings.environment) as url:
-        yield settings.model_copy(update={"database_url": url})
-
-
-def _leave_in_order() -> None:
-    """Let SIGTERM end us through every `with`, so that the embedded Postgres is stopped and not left behind.
-
-    Uvicorn has handlers of its own while it serves; then it puts ours back and raises the signal again.
-    """
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)
-        raise SystemExit(0)
-
-    signal.signal(signal.SIGTERM, leave)
+    try:
+        with (
+            # SIGTERM ends us through every `with`, so that this Postgres is stopped and not left behind. Uvicorn has
+            # handlers of its own while it serves; then it puts ours back and raises the signal again.
+            Interruption(signal.SIGTERM),
+            embedded_postgres(directory, environment=settings.environment) as url,
+        ):
+            yield settings.model_copy(update={"database_url": url})
+    except Interrupted:
+        raise SystemExit(0) from None
 
 
 def _allow_many_connections() -> None:

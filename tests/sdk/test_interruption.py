@@ -80,6 +80,17 @@ def test_a_signal_ends_the_program_once_and_in_order(what: str, said: list[str])
     assert said_by(what) == (ENDED, said)
 
 
+def test_afterwards_the_handlers_of_before_are_back() -> None:
+    program = """
+        signal.signal(signal.SIGUSR1, lambda *_: print("as before"))
+        with Interruption(signal.SIGUSR1):
+            pass
+        os.kill(os.getpid(), signal.SIGUSR1)
+        end()
+    """
+    assert said_by(program) == (ENDED, ["as before", IN_ORDER, "SIGTERM after NoneType"])
+
+
 def test_an_error_without_a_signal_stays_what_it_is() -> None:
     program = """
         try:

@@ -7,7 +7,7 @@ remembered besides: whatever leaves the block afterwards is `Interrupted`, and w
 
 import signal
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 
 class Interrupted(BaseException):
@@ -25,24 +25,29 @@ class Interrupted(BaseException):
 class Interruption:
     """Within the block the first of these signals raises `Interrupted`; what ends the program is not disturbed again.
 
+    Left without a signal, the block puts the handlers back that were there before.
+
     Args:
         numbers: the signals. Enter the block in the main thread, which is where they are raised.
     """
 
     def __init__(self, *numbers: signal.Signals) -> None:
         self._numbers = numbers
+        self._before: list[Any] = []
         self._came: int | None = None
 
     def __enter__(self) -> Self:
-        for number in self._numbers:
-            signal.signal(number, self._interrupt)
+        self._before = [signal.signal(number, self._interrupt) for number in self._numbers]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, Interrupted):
-            self.check(error)
+        if self._came is None:
+            for number, handler in zip(self._numbers, self._before, strict=True):
+                signal.signal(number, handler)
+        elif not isinstance(error, Interrupted):
+            raise Interrupted(self._came) from error
 
     def check(self, error: BaseException | None = None) -> None:
         """Raise what a signal has raised already, if that was lost on the way.

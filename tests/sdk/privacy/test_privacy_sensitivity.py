@@ -29,13 +29,13 @@ def fits(sensitivity: int, deviation: float) -> bool:
 def test_the_largest_cohorts_sum_stays_within_32_bits_and_a_scale_twice_as_fine_would_not(
     elements: int, noise: float, apart: int, shares: int
 ) -> None:
+    half_root = math.ceil(math.sqrt(elements) / 2)
     try:
         scale, sensitivity, variance = secured_steps(elements, noise_multiplier=noise, apart=apart, shares=shares)
     except ValueError:
-        least = 1 + math.ceil(math.sqrt(elements) / 2)
-        assert not fits(least, noise * apart * least / math.sqrt(shares) * 0.999)
+        least = 2 + half_root
+        assert not fits(least, noise * apart * least / math.sqrt(shares) * 1.000001)
         return
-    half_root = math.ceil(math.sqrt(elements) / 2)
     assert scale & (scale - 1) == 0
     assert abs(sensitivity - scale - half_root) <= 1
     assert fits(sensitivity, math.sqrt(variance) * 0.999999)
