@@ -3,14 +3,20 @@
 import logging
 
 import structlog
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["tests.postgres_plugin"]
 
 # `make test` tries the same examples each time: whether a change is in order does not hang on chance. `make search`
 # tries others, and remembers those that fail.
-settings.register_profile("same", derandomize=True)
-settings.register_profile("others", print_blob=True)
+settings.register_profile(
+    "others",
+    settings.get_profile("default"),  # not that of CI, which Hypothesis makes the present one where it sees one
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
+settings.register_profile("same", settings.get_profile("others"), derandomize=True, database=None)
 settings.load_profile("same")
 
 # As the service configures it: a traceback with the values of all frames, which structlog would print otherwise, takes

@@ -1,5 +1,6 @@
 """Memory that is freed is used again: the kernel does not clear its pages anew each time."""
 
+import resource
 import subprocess
 import sys
 
@@ -9,7 +10,8 @@ from isthmus.allocator import LARGEST_BYTES, keep_freed
 from tests.page_faults import glibc
 
 FAULTS = """
-import resource
+import ctypes, resource
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would be few
 import numpy as np
 from isthmus.allocator import LARGEST_BYTES, keep_freed
 {first}
@@ -19,7 +21,7 @@ for _ in range(50):
     del rooms
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-PAGES = 2 * 256
+PAGES = 2 * (1 << 20) // resource.getpagesize()
 """That two blocks of one MB have."""
 
 

@@ -8,7 +8,7 @@ from textwrap import dedent, indent
 import pytest
 
 PROGRAM = """
-import os, signal, sys
+import asyncio, os, signal, sys
 from pydantic import BaseModel, field_serializer
 from isthmus.interruption import Interrupted, Interruption
 
@@ -59,10 +59,19 @@ IN_ORDER = "ended in order"
             """
             try:
                 Body().model_dump_json()
-            except ValueError as error:
-                interruption.check(error)
+            except ValueError:
+                interruption.check()
             """,
-            [IN_ORDER, "SIGTERM after PydanticSerializationError"],
+            [IN_ORDER, "SIGTERM after NoneType"],
+        ),
+        (
+            """
+            async def called():
+                asyncio.get_running_loop().call_soon(end)
+                await asyncio.sleep(60)
+            asyncio.run(called())
+            """,
+            [IN_ORDER, "SIGTERM after NoneType"],
         ),
         (
             """
@@ -74,7 +83,7 @@ IN_ORDER = "ended in order"
             ["went on", IN_ORDER, "SIGTERM after NoneType"],
         ),
     ],
-    ids=["raised", "made another error", "borne, and asked for", "borne"],
+    ids=["raised", "made another error", "borne, and asked for", "in a callback", "borne"],
 )
 def test_a_signal_ends_the_program_once_and_in_order(what: str, said: list[str]) -> None:
     assert said_by(what) == (ENDED, said)

@@ -1,5 +1,6 @@
 """What goes wrong in a secured round and is no reason to leave it for good, and what has to fit to the last moment."""
 
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from isthmus.codec.arrays import read
+from isthmus.interruption import Interrupted, Interruption
 from isthmus.secagg.messages import SEALED_BYTES
 from isthmus.wire.datasets import Budget
 from isthmus.wire.problems import ProblemCode
@@ -87,6 +89,40 @@ def test_a_parked_update_that_does_not_fit_any_more_is_refused_and_never_masked(
     assert service.updates == {}
     assert agent.journal.sessions.find(session_key(offer)) is None
     assert list(agent.state.masked.iterdir()) == []
+
+
+# --- Its own end ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made_an_error_of_it", [False, True])
+def test_a_worker_that_is_told_to_end_while_it_writes_its_spend_reveals_nothing_and_refuses_nothing(
+    agent: Agent, service: FakeService, monkeypatch: pytest.MonkeyPatch, made_an_error_of_it: bool
+) -> None:
+    secured = SecuredRound(identity_of(agent), make_secured_spec(**DISTRIBUTED))
+    offer = service.offer_secured(secured)
+    interruption = Interruption()
+    agent.check = interruption.check
+
+    def interrupted(*_: object) -> None:
+        try:
+            interruption._interrupt(signal.SIGTERM, None)
+        except Interrupted:
+            if made_an_error_of_it:
+                raise ValueError("Error serializing to JSON: Interrupted: SIGTERM") from None
+            raise
+
+    monkeypatch.setattr(serving, "charge_before_revealing", interrupted)
+    with pytest.raises(Interrupted):
+        finish(agent, service)
+
+    ends = time.monotonic() + LONG_S
+    while any(thread.name.startswith("secured ") for thread in threading.enumerate()):
+        assert time.monotonic() < ends, "the session ends"
+        time.sleep(0.01)
+    assert secured.messages(Step.SURVIVORS)
+    assert secured.messages(Step.UNMASK) == []
+    assert service.refused == service.failed == []
+    assert agent.journal.sessions.find(session_key(offer)) is not None, "the next start goes on with it"
 
 
 # --- Peers ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Final
 
 LARGEST_BYTES: Final = 32 << 20
-"""A block larger than that always comes from the system, and goes back there: glibc does not know it otherwise."""
+"""A larger block comes from the system and goes back there, unless the free end of the heap has room for it."""
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -22,7 +22,8 @@ def keep_freed(*, blocks_bytes: int, at_most_bytes: int) -> None:
 
     Args:
         blocks_bytes: blocks up to this size are kept; at most LARGEST_BYTES.
-        at_most_bytes: so much free memory at most stays with the process at the end of its heap.
+        at_most_bytes: where no more than that is free at the end of the heap, it stays with the process; where more
+            is, nearly all of it goes back.
 
     Raises:
         ValueError: larger blocks than can be kept.
@@ -38,5 +39,8 @@ def keep_freed(*, blocks_bytes: int, at_most_bytes: int) -> None:
 def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None
-    library = ctypes.CDLL(None)
+    try:
+        library = ctypes.CDLL(None)
+    except OSError:  # a Python that loads no libraries
+        return None
     return library if hasattr(library, "gnu_get_libc_version") else None

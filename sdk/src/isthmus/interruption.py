@@ -3,6 +3,7 @@
 An exception out of a signal handler can come in the middle of any library, and some make another one of it: pydantic
 says `PydanticSerializationError`, a `ValueError`, which then looks like a fault, or is borne like one. So the signal is
 remembered besides: whatever leaves the block afterwards is `Interrupted`, and who bears errors asks `check` first.
+It is a `SystemExit` because asyncio logs any other that comes out of a callback, and goes on.
 """
 
 import signal
@@ -10,16 +11,19 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 
-class Interrupted(BaseException):
-    """Somebody wants the program to end.
+class Interrupted(SystemExit):
+    """Somebody wants the program to end. Where nobody catches it the exit code is 128 and the number, as in a shell.
 
     Args:
         number: of the signal.
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+        super().__init__(128 + number)
         self.number = number
+
+    def __str__(self) -> str:
+        return signal.Signals(self.number).name
 
 
 class Interruption:
@@ -49,17 +53,14 @@ class Interruption:
         elif not isinstance(error, Interrupted):
             raise Interrupted(self._came) from error
 
-    def check(self, error: BaseException | None = None) -> None:
+    def check(self) -> None:
         """Raise what a signal has raised already, if that was lost on the way.
-
-        Args:
-            error: what became of it, perhaps.
 
         Raises:
             Interrupted: a signal has come.
         """
         if self._came is not None:
-            raise Interrupted(self._came) from error
+            raise Interrupted(self._came)
 
     def _interrupt(self, number: int, _frame: FrameType | None) -> None:
         for again in self._numbers:

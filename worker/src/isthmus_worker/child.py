@@ -45,7 +45,7 @@ OVERHEAD_MB: Final = 512
 """Address space that libraries reserve and never touch; the agent watches what is really used."""
 
 KEPT_MB: Final = 256
-"""Of what a batch needs so much stays for the next one, at most; and no more than a quarter of what is allowed."""
+"""What a batch needs stays for the next one, up to so much, and up to an eighth of what is allowed."""
 
 _PR_SET_PDEATHSIG: Final = 1
 _MB: Final = 1 << 20
@@ -172,7 +172,7 @@ def main() -> None:
     parent, memory_mb = (int(argument) for argument in sys.argv[1:])
     _die_with(parent)
     _limit(memory_mb)
-    keep_freed(blocks_bytes=LARGEST_BYTES, at_most_bytes=min(KEPT_MB, memory_mb // 4) * _MB)
+    keep_freed(blocks_bytes=LARGEST_BYTES, at_most_bytes=min(KEPT_MB, memory_mb // 8) * _MB)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the agent's business
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer

@@ -65,6 +65,10 @@ class Host(Protocol):
     masker: Trainer
     """Has no child but while it masks beside the trainer's."""
 
+    def check(self) -> None:
+        """Raise what ends us, if a library has made another error of it."""
+        ...
+
     def objections(self, offer: TaskOffer) -> list[str]:
         """Why nothing is released for an offer, as the policy and the ledger are now."""
         ...
@@ -302,25 +306,33 @@ class SecuredTasks:
         self._inbox.put(lambda: None)
 
     def _ask(self, session: Session, piece: Callable[[], object]) -> None:
-        """Have the main thread do something and wait for it; what it raises is raised here."""
-        done, raised = threading.Event(), list[Exception]()
+        """Have the main thread do something and wait for it; what it raises is raised here.
+
+        Raises:
+            ProtocolViolation: it was not done, or not to its end.
+        """
+        over, ended = threading.Event(), list[Exception | None]()
 
         def run() -> None:
             try:
                 if self._open.get(session.record.key) is not session:
                     raise ProtocolViolation("This session was given up.")
                 piece()
-            except Exception as error:  # it belongs to the session that asked
-                raised.append(error)
+                ended.append(None)
+            except Exception as error:  # it belongs to the session that asked, unless it is our own end
+                self._host.check()
+                ended.append(error)
             finally:
-                done.set()
+                over.set()
 
         self._inbox.put(run)
-        while not done.wait(_LOOK_S):
+        while not over.wait(_LOOK_S):
             if self._closed.is_set():
                 raise ProtocolViolation("The worker stops.")
-        if raised:
-            raise raised[0]
+        if not ended:  # a piece that was interrupted is not one that was done: nothing may be revealed after it
+            raise ProtocolViolation("The worker stops.")
+        if ended[0] is not None:
+            raise ended[0]
 
     # --- pieces that the main thread does ----------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ from isthmus_worker.simulation.regions import Region, array_at, arrays_at
 from isthmus_worker.work import Arrays, Leaving, holdout_measures, local_update
 
 _KEPT_BYTES: Final = 256 << 20
-"""Of what a batch needs so much stays for the next one, at most, in each process."""
+"""What a batch needs stays for the next one, up to so much in each process."""
 
 
 class Bench:
