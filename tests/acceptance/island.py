@@ -24,7 +24,7 @@ from isthmus.wire.organizations import CreateApiKey, CreateOrganization, CreateP
 from isthmus.wire.privacy import LARGEST_EPSILON, PrivacyMode
 from tests.running import first_admin
 
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 Thing = TypeVar("Thing")
 
 WORKER = """
