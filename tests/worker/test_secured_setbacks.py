@@ -115,10 +115,9 @@ def test_a_worker_that_is_told_to_end_while_it_writes_its_spend_reveals_nothing_
     with pytest.raises(Interrupted):
         finish(agent, service)
 
-    ends = time.monotonic() + LONG_S
-    while any(thread.name.startswith("secured ") for thread in threading.enumerate()):
-        assert time.monotonic() < ends, "the session ends"
-        time.sleep(0.01)
+    (opened,) = agent._secured._open.values()
+    opened.join(LONG_S)
+    assert not opened.is_alive()
     assert secured.messages(Step.SURVIVORS)
     assert secured.messages(Step.UNMASK) == []
     assert service.refused == service.failed == []
