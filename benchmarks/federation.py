@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +27,7 @@ from psycopg import sql
 from app.database import migrate
 from app.embedded_postgres import embedded_postgres
 from benchmarks.processes import cpu_s
+from isthmus.interruption import Interruption
 from isthmus.wire.jobs import JobSpec
 from tests.acceptance.island import Island, Program, island, job_spec
 
@@ -196,11 +196,6 @@ def _set(values: dict[str, str | None]) -> None:
             os.environ[name] = value
 
 
-@contextmanager
-def ending_on_signals() -> Iterator[None]:
+def ending_on_signals() -> Interruption:
     """Let SIGTERM leave through every `with`, so that a benchmark that is ended ends what it started."""
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return Interruption(signal.SIGTERM)
